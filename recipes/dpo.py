@@ -34,14 +34,8 @@ from salmonn.train.evaluate import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
-from salmonn.train.preference import (
-    REFERENCE_LOGPS_NAME,
-    PreferenceBatches,
-    PreferenceBatchLoss,
-    PreferenceExample,
-    compute_reference_logps,
-    make_preference_examples,
-)
+from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample, make_preference_examples
+from salmonn.train.reference_logps import REFERENCE_LOGPS_NAME, compute_reference_logps
 from salmonn.train.rounds import IMPORTANCE_NAME, keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 from salmonn.train.run_steps import MERGED_FILES, Step, fingerprint, flat_settings

@@ -67,18 +67,15 @@ from salmonn.train.mrdpo import (
 )
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
-    REFERENCE_LOGPS_NAME,
-    START_LOGPS_NAME,
     Example,
     GroupExample,
     MixedBatches,
     MixedBatchLoss,
     PreferenceBatch,
     PreferenceBatches,
-    compute_reference_logps,
     make_pair_examples,
-    mix_logps,
 )
+from salmonn.train.reference_logps import REFERENCE_LOGPS_NAME, START_LOGPS_NAME, compute_reference_logps, mix_logps
 from salmonn.train.reward_rounds import RewardRounds, require_labels, require_model
 from salmonn.train.rounds import (
     PAIRS_NAME,

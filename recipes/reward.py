@@ -41,7 +41,8 @@ from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import check_processes
 from salmonn.train.raters import describe_raters, train_raters
-from salmonn.train.reward import BLIND_DIR, STATES_NAME, RewardTrainer, RewardTrainingConfig
+from salmonn.train.reward import BLIND_DIR, RewardTrainer, RewardTrainingConfig
+from salmonn.train.reward_states import STATES_NAME
 from salmonn.train.run_folder import RunConfig, is_missing, open_run
 from salmonn.train.run_steps import TRAINING_FILES, Step, fingerprint, flat_settings
 

@@ -29,15 +29,8 @@ from salmonn.preference.reward_model import RewardInfo, save_reward_model
 from salmonn.records import write_records
 from salmonn.score.repetition import count_repeated_words
 from salmonn.train.data import ClipSource
-from salmonn.train.reward import (
-    BLIND_DIR,
-    STATES_NAME,
-    RewardExample,
-    RewardTrainer,
-    compute_states,
-    rotate_features,
-    split_groups,
-)
+from salmonn.train.reward import BLIND_DIR, RewardTrainer, rotate_features, split_groups
+from salmonn.train.reward_states import STATES_NAME, RewardExample, compute_states
 
 log = logging.getLogger(__name__)
 TEXT_TRAITS = ("words", "repetition")

@@ -16,21 +16,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.processor import Processor, PromptRow
-from salmonn.model.fingerprint import hash_model, hash_values
+from salmonn.caption.processor import Processor
+from salmonn.model.fingerprint import hash_model
 from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.lora import LoraConfig, attach_lora, load_adapter, merge_adapter, save_adapter
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.agreement import measure_agreement
 from salmonn.preference.claims import sum_clauses
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead, fit_scalar_head, fit_temperature, join_pairs
+from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead, fit_temperature, join_pairs
 from salmonn.preference.losses import bradley_terry_loss
 from salmonn.preference.objectives import OBJECTIVES
 from salmonn.preference.reward_model import (
@@ -38,24 +37,19 @@ from salmonn.preference.reward_model import (
     HEAD_NAME,
     RewardInfo,
     RewardKind,
-    answer_rows,
-    answer_states,
     save_head,
     save_reward_model,
 )
-from salmonn.records import temporary_path
 from salmonn.train.checkpoint import checkpointed, load_trained
 from salmonn.train.data import ClipSource, batch_at, split_evenly
-from salmonn.train.evaluate import map_batches
-from salmonn.train.feature_cache import hash_features, hash_tokenizer
 from salmonn.train.loop import FitConfig, FitContext, fit
-from salmonn.train.objectives import VALIDATION_EVERY, ObjectiveConfig, fit_objective_head, fit_ridge
 from salmonn.train.parallel import StrategyName
+from salmonn.train.reward_heads import ObjectiveConfig, fit_claims, fit_ensemble, fit_head, fit_objective_head
+from salmonn.train.reward_states import STATES_NAME, RewardExample, compute_states
 from salmonn.train.run_folder import is_missing
 
 log = logging.getLogger(__name__)
-STATES_NAME, BLIND_DIR = "states.safetensors", "blind"
-STATES_FORMAT = 2
+BLIND_DIR = "blind"
 
 
 @dataclass(frozen=True)
@@ -111,18 +105,6 @@ class RewardTrainingConfig:
             raise ValueError("kind claims is fitted to frozen states; remove lora, or use kind bradley-terry")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction must be between 0 and 1, got {self.heldout_fraction}")
-
-
-@dataclass(frozen=True)
-class RewardExample:
-    """Answers about a clip, with the features that are read with them."""
-
-    group: AnswerGroup
-    features: ClipFeatures
-
-    def rows(self, *, clip: int = 0) -> list[PromptRow]:
-        """Return a row for each answer."""
-        return answer_rows(self.group, clip=clip)
 
 
 @dataclass(frozen=True)
@@ -224,147 +206,6 @@ def rotate_features(features: Mapping[ClipSource, ClipFeatures]) -> dict[ClipSou
         following = (clips[(number + offset) % len(clips)] for offset in range(1, len(clips)))
         rotated[clip] = features[next(one for one in following if one.video != clip.video)]
     return rotated
-
-
-def compute_states(
-    captioner: Captioner, examples: Sequence[RewardExample], *, pooling: Pooling, name: str, path: Path | None = None
-) -> list[AnswerStates]:
-    """Compute the states of all answers on all ranks, clip by clip.
-
-    Args:
-        captioner: model whose states are read.
-        examples: clips with their answers.
-        pooling: see `salmonn.model.pooling`.
-        name: title of the progress bar.
-        path: file that keeps the states; a later call with equal weights, clips and answers reads it.
-
-    Returns:
-        The states of each example; with pooling "clauses" those of all clauses of its answers.
-    """
-    fingerprint = _states_fingerprint(captioner, examples, pooling) if path else ""
-    if path and (kept := _read_states(path, fingerprint)) is not None:
-        return kept
-
-    def compute(number: int) -> list[AnswerStates]:
-        example = examples[number]
-        by_clause = pooling == "clauses"
-        return [answer_states(captioner, example.rows(), [example.features], pooling=pooling, by_clause=by_clause)]
-
-    costs = [
-        len(example.features) + sum(len(text.split()) for text, _ in example.group.answers) for example in examples
-    ]
-    states = map_batches(compute, [[index] for index in range(len(examples))], costs, name=name, unit="clip")
-    if path and dist.is_main():
-        _write_states(path, states, fingerprint)
-    dist.barrier()
-    return states
-
-
-def _states_fingerprint(captioner: Captioner, examples: Sequence[RewardExample], pooling: Pooling) -> str:
-    """Hash everything that states depend on."""
-    model = dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0]
-    clips = dist.gather([hash_features(example.features) for example in dist.shard(examples)])
-    rows = [[(row.prompt, row.answer, row.history, row.finished) for row in example.rows()] for example in examples]
-    return hash_values(
-        STATES_FORMAT, model, clips, rows, pooling, hash_tokenizer(captioner.processor), captioner.network.dtype
-    )
-
-
-def _write_states(path: Path, states: Sequence[AnswerStates], fingerprint: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "prompt": torch.cat([one.prompt for one in states]),
-        "answer": torch.cat([one.answer for one in states]),
-        "lengths": torch.tensor([[len(one.prompt), len(one.answer)] for one in states]),
-    }
-    temporary = temporary_path(path)
-    save_file(tensors, str(temporary), metadata={"fingerprint": fingerprint})
-    temporary.replace(path)
-
-
-def _read_states(path: Path, fingerprint: str) -> list[AnswerStates] | None:
-    """Return kept states on all ranks if they are current; only rank 0 reads, as NFS shows new files late."""
-    states = None
-    if dist.is_main() and path.is_file():
-        with safe_open(str(path), framework="pt") as file:
-            if file.metadata().get("fingerprint") == fingerprint:
-                lengths = file.get_tensor("lengths").T.tolist()
-                parts = (
-                    file.get_tensor(name).split(own) for name, own in zip(("prompt", "answer"), lengths, strict=True)
-                )
-                states = [AnswerStates(*one) for one in zip(*parts, strict=True)]
-    return dist.gather([states])[0]
-
-
-def fit_head(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: RewardTrainingConfig) -> ScalarHead:
-    """Fit a linear head to the comparisons of groups, each of which weighs the same."""
-    answers = torch.cat([one.answer for one in states])
-    pairs, weights = join_pairs(groups)
-    weight = fit_scalar_head(
-        answers,
-        [(int(better), int(worse)) for better, worse in pairs],
-        weights / len(groups),
-        l2=config.l2,
-        center_weight=config.center_weight,
-    )
-    head = ScalarHead(answers.shape[1])
-    with torch.no_grad():
-        head.score.weight.copy_(weight.unsqueeze(0))
-    return head
-
-
-def fit_claims(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup]) -> ScalarHead:
-    """Fit a linear head to the credits of clauses by ridge regression, whose strength every fifth clip chooses.
-
-    Args:
-        states: states of the clauses of all answers of each group.
-        groups: clips with the credits of their answers' clauses.
-
-    Raises:
-        ValueError: the credits are unknown.
-    """
-    if not all(group.credits for group in groups):
-        raise ValueError("kind claims needs captions with a judge's scores, such as the folder of a round of mrDPO")
-    clauses = torch.cat([one.answer for one in states]).double()
-    credits = torch.tensor([value for group in groups for answer in group.credits for value in answer])
-    clip = torch.cat([torch.full((len(one.answer),), number) for number, one in enumerate(states)])
-    weight, bias = fit_ridge(clauses, credits.double().unsqueeze(1), validation=clip % VALIDATION_EVERY == 0)
-    head = ScalarHead(clauses.shape[1])
-    with torch.no_grad():
-        head.score.weight.copy_(weight)
-        head.score.weight[0, 0] = bias[0]  # of the 1 that each clause's state begins with
-    return head
-
-
-def fit_ensemble(
-    states: Sequence[AnswerStates],
-    groups: Sequence[AnswerGroup],
-    *,
-    fit: Callable[[Sequence[AnswerStates], Sequence[AnswerGroup]], Head],
-    answers: Tensor,
-    count: int,
-    seed: int,
-) -> nn.Linear:
-    """Fit heads to clips drawn with replacement; each one's rewards of all answers have mean 0 and deviation 1.
-
-    Args:
-        states, groups: what a head is fitted to.
-        fit: fits a linear head.
-        answers: (R, P) states of all answers.
-        count: number of heads.
-        seed: seed of the drawing.
-    """
-    together = nn.Linear(answers.shape[1], count)
-    for number in range(count):
-        drawn = random.Random(f"{seed}-head-{number}").choices(range(len(groups)), k=len(groups))
-        head = fit([states[index] for index in drawn], [groups[index] for index in drawn])
-        assert isinstance(head, ScalarHead)
-        weight = head.score.weight.detach().double()[0]
-        std, mean = torch.std_mean(answers @ weight)
-        scale = std.clamp(min=1e-6)
-        with torch.no_grad():
-            together.weight[number], together.bias[number] = weight / scale, -mean / scale
-    return together
 
 
 @dataclass(frozen=True)
@@ -509,7 +350,9 @@ class RewardTrainer:
         """Fit a head of the configured kind to frozen states."""
         if self.config.kind == "objectives":
             return fit_objective_head(states, groups, self.config.objectives, seed=self.seed)
-        return fit_claims(states, groups) if self.config.kind == "claims" else fit_head(states, groups, self.config)
+        if self.config.kind == "claims":
+            return fit_claims(states, groups)
+        return fit_head(states, groups, l2=self.config.l2, center_weight=self.config.center_weight)
 
     def _tune(
         self, captioner: Captioner, head: ScalarHead, examples: Sequence[RewardExample], *, center: float, folder: Path

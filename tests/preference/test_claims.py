@@ -11,7 +11,8 @@ from salmonn.preference.claims import attach_credits, clause_credits, pool_claus
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.reward_model import answer_states, head_width
 from salmonn.records import Caption, Comparison, Event, Mention, Score
-from salmonn.train.reward import RewardTrainingConfig, fit_claims
+from salmonn.train.reward import RewardTrainingConfig
+from salmonn.train.reward_heads import fit_claims
 
 TEXT = "A red star blinks, and then a low tone is heard. A blue square leaves. A low tone is heard."
 SCORE = Score(

@@ -16,7 +16,7 @@ from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import CaptionTraits, make_voter
 from salmonn.train.mrdpo import MrDpoConfig
-from salmonn.train.preference import mix_logps
+from salmonn.train.reference_logps import mix_logps
 
 REFERENCE = Reference("a.mp4", (Event("a red circle appears"), Event("a high tone plays", "audio")), caption="truth")
 TEXTS = ("A high tone plays.", "A high tone is heard.", "A high tone can be heard.", "A red circle appears.")

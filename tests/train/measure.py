@@ -27,12 +27,8 @@ from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison
 from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig, FitContext, fit
-from salmonn.train.preference import (
-    PreferenceBatches,
-    PreferenceBatchLoss,
-    PreferenceExample,
-    compute_reference_logps,
-)
+from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample
+from salmonn.train.reference_logps import compute_reference_logps
 
 SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
 LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)

@@ -19,12 +19,8 @@ from salmonn.records import Comparison
 from salmonn.train.checkpoint import load_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split_evenly
 from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
-from salmonn.train.preference import (
-    PreferenceBatches,
-    PreferenceBatchLoss,
-    PreferenceExample,
-    compute_reference_logps,
-)
+from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample
+from salmonn.train.reference_logps import compute_reference_logps
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 

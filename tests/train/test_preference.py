@@ -17,16 +17,15 @@ from salmonn.records import Caption, Comparison, Mark, read_json, write_json
 from salmonn.train.data import ClipSource, SftBatches, TrainingExample, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import (
-    REFERENCE_LOGPS_NAME,
     GroupExample,
     MixedBatches,
     MixedBatchLoss,
     PreferenceBatches,
     PreferenceBatchLoss,
     PreferenceExample,
-    compute_reference_logps,
     make_preference_examples,
 )
+from salmonn.train.reference_logps import REFERENCE_LOGPS_NAME, compute_reference_logps
 
 LORA = LoraConfig(rank=4, dropout=0.0)
 LOSS = make_loss(LossConfig())

@@ -16,7 +16,8 @@ from salmonn.records import Comparison
 from salmonn.train import reward
 from salmonn.train.data import ClipSource
 from salmonn.train.loop import FitConfig
-from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, fit_ensemble, fit_head, split_groups
+from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, split_groups
+from salmonn.train.reward_heads import fit_ensemble, fit_head
 
 
 @pytest.mark.parametrize("are_alike", [True, False])
@@ -29,7 +30,7 @@ def test_an_ensemble_disagrees_where_clips_do(are_alike):
     if are_alike:  # also in their second figure, so that every sample of them is the same
         states = [states[0]] * 6
     answers = torch.cat([one.answer for one in states])
-    fit = partial(fit_head, config=RewardTrainingConfig())
+    fit = partial(fit_head, l2=0.1, center_weight=0.01)
     heads = fit_ensemble(states, groups, fit=fit, answers=answers.double(), count=4, seed=1)
     rewards = heads(answers)
     assert rewards.mean(0).tolist() == pytest.approx([0] * 4, abs=1e-5)

@@ -27,13 +27,8 @@ from salmonn.train.evaluate import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.kl import KLProbe
 from salmonn.train.loop import Callback, FitConfig, FitContext, autocast, fit
-from salmonn.train.preference import (
-    PreferenceBatch,
-    PreferenceBatches,
-    PreferenceBatchLoss,
-    PreferenceExample,
-    compute_reference_logps,
-)
+from salmonn.train.preference import PreferenceBatch, PreferenceBatches, PreferenceBatchLoss, PreferenceExample
+from salmonn.train.reference_logps import compute_reference_logps
 from salmonn.train.run_folder import RunConfig, merge_checkpoint
 
 # No dropout: its masks differ between ranks, but losses must equal those of one process.

@@ -21,14 +21,8 @@ from salmonn.model.layout import ClipInputs, ModelInputs
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.train.loop import autocast
-from salmonn.train.preference import (
-    Logps,
-    PreferenceBatch,
-    PreferenceBatches,
-    PreferenceBatchLoss,
-    PreferenceExample,
-    compute_reference_logps,
-)
+from salmonn.train.preference import Logps, PreferenceBatch, PreferenceBatches, PreferenceBatchLoss, PreferenceExample
+from salmonn.train.reference_logps import compute_reference_logps
 
 PART = "step"
 SMALL_SIDES = ("ours", "naive")  # memory is measured for these at small sizes

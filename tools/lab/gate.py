@@ -38,8 +38,9 @@ from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, heldout_config, render_clips
 from salmonn.train.evaluate import SampleConfig, cache_features, sample_captions
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
-from salmonn.train.objectives import ObjectiveConfig, fit_objective_head
-from salmonn.train.reward import RewardExample, RewardTrainingConfig, compute_states, fit_head
+from salmonn.train.reward import RewardTrainingConfig
+from salmonn.train.reward_heads import ObjectiveConfig, fit_head, fit_objective_head
+from salmonn.train.reward_states import RewardExample, compute_states
 from salmonn.train.rounds import rate_captions
 
 log = logging.getLogger("gate")
@@ -126,14 +127,14 @@ def main(config: GateLabConfig) -> None:
         )
         for asked, name in ((learned, "train"), (measured, "heldout"))
     )
-    groups = [one.group for one in learned]
+    groups, training = [one.group for one in learned], RewardTrainingConfig()
     gated, fixed = (
         fit_objective_head(states, groups, ObjectiveConfig(gate=gate), seed=config.seed) for gate in (True, False)
     )
     heads: dict[str, Head] = {
         "gate": gated,
         "fixed weights": fixed,
-        "Bradley-Terry": fit_head(states, groups, RewardTrainingConfig()).double(),
+        "Bradley-Terry": fit_head(states, groups, l2=training.l2, center_weight=training.center_weight).double(),
     }
     accuracies = {name: accuracy_of(predict(head, tested), measured) for name, head in heads.items()}
     signed = fit_signed_weights(fixed, states, groups)

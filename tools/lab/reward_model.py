@@ -35,13 +35,9 @@ from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, heldout_config, render_clips
 from salmonn.train.evaluate import SampleConfig, cache_features, sample_captions
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
-from salmonn.train.reward import (
-    RewardExample,
-    RewardTrainingConfig,
-    compute_states,
-    fit_claims,
-    fit_head,
-)
+from salmonn.train.reward import RewardTrainingConfig
+from salmonn.train.reward_heads import fit_claims, fit_head
+from salmonn.train.reward_states import RewardExample, compute_states
 from salmonn.train.rounds import rate_captions
 
 log = logging.getLogger("reward lab")
@@ -184,7 +180,12 @@ def fitted_rows(
 
     def rewards(states: Sequence[AnswerStates], asked: Sequence[AnswerStates], labelled: int = count) -> list[Tensor]:
         usable = [number for number in range(labelled) if learned[number].example.group.pairs]
-        head = fit_head([states[n] for n in usable], [learned[n].example.group for n in usable], config.training)
+        head = fit_head(
+            [states[n] for n in usable],
+            [learned[n].example.group for n in usable],
+            l2=config.training.l2,
+            center_weight=config.training.center_weight,
+        )
         with torch.no_grad():
             return [head.double()(one) for one in asked[count:]]
 

@@ -11,7 +11,7 @@ from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import GatingNetwork, ObjectiveHead
 from salmonn.preference.objectives import OBJECTIVES, attach_objectives, objectives_of
 from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
-from salmonn.train.objectives import LENGTH, ObjectiveConfig, correct_for_length, fit_objective_head, fit_ridge
+from salmonn.train.reward_heads import LENGTH, ObjectiveConfig, correct_for_length, fit_objective_head, fit_ridge
 
 RED, BLUE = Event("a red circle appears", "visual", 0, 1), Event("a blue star appears", "visual", 2, 3)
 GREEN, TONE = Event("a green star leaves", "visual", 4, 5), Event("a low tone", "audio", 0, 1)

@@ -1,11 +1,13 @@
-"""Fit of a head of named objectives: ridge regression of each objective, correction for length, then the gate.
+"""Fits of reward heads to frozen states: comparisons, credits of clauses, ensembles, and named objectives with a gate.
 
-After ArmoRM (arXiv 2406.12845), in two stages on frozen states. Its correction drives the rank correlation of every
-objective with length to zero. In captions length is partly earned, since who tells more events needs more words; so by
-default the correlation becomes that of the judge's own values ("gold").
+Named objectives are fitted after ArmoRM (arXiv 2406.12845), in two stages on frozen states: ridge regression of each
+objective and correction for length, then the gate. ArmoRM's correction drives the rank correlation of every objective
+with length to zero. In captions length is partly earned, since more events need more words; so by default the
+correlation becomes that of the judge's own values ("gold").
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.heads import ObjectiveHead, join_pairs
+from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead, fit_scalar_head, join_pairs
 from salmonn.preference.objectives import OBJECTIVES, Debias
 
 ALPHAS = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
@@ -48,6 +50,85 @@ class ObjectiveConfig:
                 "objectives.hidden and steps must be at least 1 and learning_rate above 0, got "
                 f"{self.hidden}, {self.steps} and {self.learning_rate}"
             )
+
+
+def fit_head(
+    states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], *, l2: float, center_weight: float
+) -> ScalarHead:
+    """Fit a linear head to the comparisons of groups, each of which weighs the same.
+
+    Args:
+        states: states of the answers of each group.
+        groups: clips with their comparisons.
+        l2, center_weight: see `fit_scalar_head`.
+    """
+    answers = torch.cat([one.answer for one in states])
+    pairs, weights = join_pairs(groups)
+    weight = fit_scalar_head(
+        answers,
+        [(int(better), int(worse)) for better, worse in pairs],
+        weights / len(groups),
+        l2=l2,
+        center_weight=center_weight,
+    )
+    head = ScalarHead(answers.shape[1])
+    with torch.no_grad():
+        head.score.weight.copy_(weight.unsqueeze(0))
+    return head
+
+
+def fit_claims(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup]) -> ScalarHead:
+    """Fit a linear head to the credits of clauses by ridge regression, whose strength every fifth clip chooses.
+
+    Args:
+        states: states of the clauses of all answers of each group.
+        groups: clips with the credits of their answers' clauses.
+
+    Raises:
+        ValueError: the credits are unknown.
+    """
+    if not all(group.credits for group in groups):
+        raise ValueError("kind claims needs captions with a judge's scores, such as the folder of a round of mrDPO")
+    clauses = torch.cat([one.answer for one in states]).double()
+    credits = torch.tensor([value for group in groups for answer in group.credits for value in answer])
+    clip = torch.cat([torch.full((len(one.answer),), number) for number, one in enumerate(states)])
+    weight, bias = fit_ridge(clauses, credits.double().unsqueeze(1), validation=clip % VALIDATION_EVERY == 0)
+    head = ScalarHead(clauses.shape[1])
+    with torch.no_grad():
+        head.score.weight.copy_(weight)
+        head.score.weight[0, 0] = bias[0]  # of the 1 that each clause's state begins with
+    return head
+
+
+def fit_ensemble(
+    states: Sequence[AnswerStates],
+    groups: Sequence[AnswerGroup],
+    *,
+    fit: Callable[[Sequence[AnswerStates], Sequence[AnswerGroup]], Head],
+    answers: Tensor,
+    count: int,
+    seed: int,
+) -> nn.Linear:
+    """Fit heads to clips drawn with replacement; each one's rewards of all answers have mean 0 and deviation 1.
+
+    Args:
+        states, groups: what a head is fitted to.
+        fit: fits a linear head.
+        answers: (R, P) states of all answers.
+        count: number of heads.
+        seed: seed of the drawing.
+    """
+    together = nn.Linear(answers.shape[1], count)
+    for number in range(count):
+        drawn = random.Random(f"{seed}-head-{number}").choices(range(len(groups)), k=len(groups))
+        head = fit([states[index] for index in drawn], [groups[index] for index in drawn])
+        assert isinstance(head, ScalarHead)
+        weight = head.score.weight.detach().double()[0]
+        std, mean = torch.std_mean(answers @ weight)
+        scale = std.clamp(min=1e-6)
+        with torch.no_grad():
+            together.weight[number], together.bias[number] = weight / scale, -mean / scale
+    return together
 
 
 def fit_objective_head(
