@@ -33,9 +33,9 @@ from salmonn.train.dry_run import check_adapters, print_adapter_plan
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
-from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
-from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample, make_preference_examples
-from salmonn.train.reference_logps import REFERENCE_LOGPS_NAME, compute_reference_logps
+from salmonn.train.loop import FitConfig, FitContext, check_processes, fit
+from salmonn.train.preference import PreferenceBatchLoss, PreferenceExample, make_preference_examples
+from salmonn.train.reference_logps import make_preference_batches
 from salmonn.train.rounds import IMPORTANCE_NAME, keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 from salmonn.train.run_steps import MERGED_FILES, Step, fingerprint, flat_settings
@@ -119,25 +119,7 @@ def main(config: OfflineDpoConfig) -> None:
 
     # Train.
     attach_lora(captioner.network, config.lora, seed=config.seed)
-    with autocast(config.fit.precision):
-        reference_logps = compute_reference_logps(
-            captioner.network,
-            examples,
-            captioner.processor,
-            roles=loss.reference_roles,
-            batch_size=config.fit.micro_batch_size,
-            per_token=loss.per_token,
-            path=config.out / REFERENCE_LOGPS_NAME,
-        )
-    batches = PreferenceBatches(
-        examples,
-        reference_logps,
-        captioner.processor,
-        roles=loss.roles,
-        batch_size=config.fit.batch_size,
-        seed=config.seed,
-        gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
-    )
+    batches = make_preference_batches(captioner, examples, loss, config.fit, seed=config.seed, folder=config.out)
     context = FitContext(config.loss.title, config.out, config.seed, config.strategy)
     fit_config = config.fit.resolve(len(examples))
     with checkpointed(config.out):

@@ -10,8 +10,7 @@ to a folder of `out`; run the same command again to resume a killed run.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from salmonn import dist
@@ -29,10 +28,7 @@ from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import SelectionConfig, make_selector
 from salmonn.preference.subset import SubsetConfig
-from salmonn.preference.voter_reward import VoterReward
 from salmonn.records import Caption, Comparison, parse_record, read_json, read_records, write_json
-from salmonn.score.judge import Judge
-from salmonn.score.metrics import Rates
 from salmonn.train.checkpoint import checkpointed, require_free_space
 from salmonn.train.data import (
     ClipSet,
@@ -44,22 +40,17 @@ from salmonn.train.data import (
 )
 from salmonn.train.dry_run import check_adapters
 from salmonn.train.evaluate import (
-    RATES_NAME,
     cache_features,
-    evaluate,
     sample_captions,
-    write_evaluation,
-    write_exploitability,
 )
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.influence import best_captions, rate_by_influence, shuffle_ratings, split_clips
-from salmonn.train.kl import kl_callback, make_kl_probe
+from salmonn.train.kl import kl_callback
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import Batches, FitContext, autocast, check_processes, fit
 from salmonn.train.mrdpo import (
     MrDpoConfig,
     RebirthConfig,
-    Stage,
     list_trainings,
     load_data,
     plan_steps,
@@ -72,11 +63,10 @@ from salmonn.train.preference import (
     MixedBatches,
     MixedBatchLoss,
     PreferenceBatch,
-    PreferenceBatches,
     make_pair_examples,
 )
-from salmonn.train.reference_logps import REFERENCE_LOGPS_NAME, START_LOGPS_NAME, compute_reference_logps, mix_logps
-from salmonn.train.reward_rounds import RewardRounds, require_labels, require_model
+from salmonn.train.reference_logps import make_preference_batches
+from salmonn.train.reward_rounds import require_labels, require_model
 from salmonn.train.rounds import (
     PAIRS_NAME,
     RoundFailedError,
@@ -94,45 +84,12 @@ from salmonn.train.run_log import (
     SUMMARY_NAME,
     RewardRound,
     RunSummary,
-    log_summary,
-    print_summary,
-    stage_name,
 )
+from salmonn.train.stages import ModelPath, Run, Stage, measure, report
 
 log = logging.getLogger("mrdpo")
-ModelPath = Path | str  # folder or hub id
 # Drafts of a clip whose influences differ by a standard deviation. Influence grows with length, so lengths are alike.
 TEACHER_PAIRS = SelectionConfig(min_gap=1.0, max_pairs_per_video=1, max_length_ratio=1.3)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all stages of a run share."""
-
-    config: MrDpoConfig
-    train: ClipSet
-    heldout: ClipSet
-    judge: Judge
-    reward: JudgeReward | VoterReward
-
-    def folder(self, number: int) -> Path:
-        """Return the folder of a round."""
-        return self.config.out / f"round_{number}"
-
-    def seed(self, number: int) -> int:
-        """Return the seed of a round."""
-        return self.config.seed * 1000 + number
-
-    @property
-    def reward_rounds(self) -> RewardRounds:
-        """Labels and reward models of the rounds, for reward.kind "model"."""
-        config = self.config
-        load_start, judge = partial(config.load_model, config.model), self.reward
-        assert isinstance(judge, JudgeReward)
-        return RewardRounds(
-            config.reward, config.reward_training, judge, self.train, config.out, load_start, config.seed,
-            config.strategy,
-        )  # fmt: skip
 
 
 def main(config: MrDpoConfig) -> None:
@@ -245,31 +202,16 @@ def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: 
     name = folder.relative_to(config.out).as_posix()
     captioner = config.load_model(policy)
     attach_lora(captioner.network, config.lora, seed=stage.seed)
-    # Rewards are relative to the reference policy, which scores each answer once, in advance.
-    with autocast(fit_config.precision):
-        score = partial(
-            compute_reference_logps,
-            examples=examples,
-            processor=captioner.processor,
-            roles=loss.reference_roles,
-            batch_size=fit_config.micro_batch_size,
-            per_token=loss.per_token,
-        )
-        reference_policy = stage.load_reference_policy(config) or captioner.network
-        reference_logps = score(reference_policy, path=folder / REFERENCE_LOGPS_NAME)
-        if anchor := stage.load_anchor(config):
-            of_anchor = score(anchor, path=folder / START_LOGPS_NAME)
-            reference_logps = mix_logps(of_anchor, reference_logps, eta=config.eta)
-        del reference_policy, anchor
     num_questions = stage.num_questions
-    preferences = PreferenceBatches(
+    preferences = make_preference_batches(
+        captioner,
         examples,
-        reference_logps,
-        captioner.processor,
-        roles=loss.roles,
-        batch_size=fit_config.batch_size - num_questions,
+        loss,
+        fit_config,
         seed=stage.seed,
-        gradient_accumulation_steps=fit_config.gradient_accumulation_steps,
+        folder=folder,
+        reference_policy=stage.find_reference_policy(config),
+        num_questions=num_questions,
     )
     batches: Batches[PreferenceBatch | SftBatch] = preferences
     if num_questions:
@@ -386,30 +328,7 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
     config, folder = run.config, run.config.out / "rebirth"
     if is_complete(folder):
         return folder / "merged"
-    train, teacher, captions = run.train, best, None
-    if rebirth.tailor != "none":
-        preference, train = split_clips(run.train, rebirth.preference_fraction, seed=config.seed)
-        model, drafts_folder = config.load_model(best), folder / "drafts"
-        drafts = sample_captions(
-            model, train, config.sampling, name="rebirth: drafts", seed=config.seed, folder=drafts_folder
-        )
-        del model
-        student = load_student(best, config, rebirth)
-        student.network.checkpoint_layers(rebirth.fit.gradient_checkpointing)
-        size = rebirth.fit.micro_batch_size
-        with autocast(rebirth.fit.precision):
-            ratings = rate_by_influence(drafts, train, preference, student, batch_size=size, folder=folder)
-        del student
-        if rebirth.tailor == "random":
-            ratings = shuffle_ratings(ratings, seed=config.seed)
-        if rebirth.tailor == "draft":
-            captions = best_captions(drafts, ratings)
-        else:
-            teacher = align_teacher(best, drafts, ratings, train, run, rebirth)
-    if captions is None:
-        model, greedy = config.load_model(teacher), config.sampling.greedy()
-        captions = sample_captions(model, train, greedy, name="rebirth: captions", seed=config.seed, folder=folder)
-        del model
+    train, captions = make_rebirth_captions(best, run, rebirth)
     student = load_student(best, config, rebirth)
     references = [
         replace(reference, caption=caption.text) for reference, caption in zip(train.references, captions, strict=True)
@@ -440,6 +359,36 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
             config=config,
             folder=folder,
         )
+
+
+def make_rebirth_captions(best: Path, run: Run, rebirth: RebirthConfig) -> tuple[ClipSet, list[Caption]]:
+    """Return the clips that rebirth trains on, and their captions: the best model's, or those the student learns best.
+
+    Raises:
+        RoundFailedError: the teacher cannot be trained.
+    """
+    config, folder = run.config, run.config.out / "rebirth"
+    train, teacher = run.train, best
+    if rebirth.tailor != "none":
+        preference, train = split_clips(run.train, rebirth.preference_fraction, seed=config.seed)
+        model, drafts_folder = config.load_model(best), folder / "drafts"
+        drafts = sample_captions(
+            model, train, config.sampling, name="rebirth: drafts", seed=config.seed, folder=drafts_folder
+        )
+        del model
+        student = load_student(best, config, rebirth)
+        student.network.checkpoint_layers(rebirth.fit.gradient_checkpointing)
+        size = rebirth.fit.micro_batch_size
+        with autocast(rebirth.fit.precision):
+            ratings = rate_by_influence(drafts, train, preference, student, batch_size=size, folder=folder)
+        del student
+        if rebirth.tailor == "draft":
+            return train, best_captions(drafts, ratings)
+        if rebirth.tailor == "random":
+            ratings = shuffle_ratings(ratings, seed=config.seed)
+        teacher = align_teacher(best, drafts, ratings, train, run, rebirth)
+    model, greedy = config.load_model(teacher), config.sampling.greedy()
+    return train, sample_captions(model, train, greedy, name="rebirth: captions", seed=config.seed, folder=folder)
 
 
 def align_teacher(
@@ -495,50 +444,6 @@ def load_student(best: Path, config: MrDpoConfig, rebirth: RebirthConfig) -> Cap
 def round_of(model: Path) -> int:
     """Return the number of the round whose merged model this is."""
     return int(model.parent.name.removeprefix("round_"))
-
-
-def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None = None) -> Rates:
-    """Evaluate a stage's model on the held-out clips, or load the result from `heldout/`.
-
-    With a summary of the stages before, also measure its KL divergence from the run's start.
-
-    Args:
-        model: folder or hub id of the model.
-        folder: folder of the stage.
-        run: clips and judge.
-        summary: gets the KL divergence.
-    """
-    config, results = run.config, folder / "heldout"
-    kl_path = results / f"kl_{config.kl.num_clips}.json"
-    needs_rates = is_missing(results / RATES_NAME)
-    needs_kl = bool(summary and config.kl.num_clips) and is_missing(kl_path)
-    if needs_rates or needs_kl:
-        captioner = config.load_model(model)
-        if needs_rates:
-            result = evaluate(captioner, run.heldout, judge=run.judge, sampling=config.sampling, name=folder.name)
-            if dist.is_main():
-                if isinstance(run.reward, VoterReward):
-                    write_exploitability(results, run.reward.voter, result, run.heldout)
-                write_evaluation(results, result, judge=run.judge)  # last, as its rates mark the step as complete
-        if needs_kl:
-            start = config.load_model(config.model).network
-            probe = make_kl_probe(captioner, run.heldout, config.kl, batch_size=config.fit.micro_batch_size)
-            kl = probe.kl_between(captioner.network, start)
-            if dist.is_main():
-                write_json(kl_path, kl)
-        dist.barrier()
-    rates = Rates(**read_json(results / RATES_NAME))
-    log.info("%s: total %.3f, questions %s", folder.name, rates.total, rates.qa_accuracy)
-    if summary and config.kl.num_clips:
-        summary.kl[stage_name(folder.name)] = read_json(kl_path)
-    return rates
-
-
-def report(run: Run, summary: RunSummary) -> None:
-    """Show the stages so far in the terminal and in TensorBoard."""
-    if dist.is_main():
-        log_summary(run.config.out, summary)
-        print_summary(summary)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the clips and the batch size, so any number of processes gives the same results.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -175,14 +175,7 @@ def encode_clips(
     clips = [clip for clip in dict.fromkeys(sources) if clip not in left_out_sources]
     keys = cache.keys(clips) if cache else [""] * len(clips)
     found = cache.find_complete(keys) if cache else set()
-    mine = dist.shard(list(zip(clips, keys, strict=True)))
-    estimates = dist.gather(
-        [(0.0, 0) if key in found else _estimate(clip, captioner, may_fail=max_failures > 0) for clip, key in mine]
-    )
-    seconds = [cost for cost, _ in estimates]
-    if cache:
-        num_missing = sum(key not in found for key in keys)
-        cache.require_room(sum(size for _, size in estimates), num_clips=num_missing, name=name)
+    seconds = _plan_encoding(captioner, clips, keys, found, name=name, cache=cache, may_fail=max_failures > 0)
     batches, read = make_batches(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
     def encode(number: int) -> list[ClipFeatures | str | None]:
@@ -214,6 +207,31 @@ def encode_clips(
         kept = [key for key, one in zip(keys, computed, strict=True) if not isinstance(one, str)]
         return dict(zip(readable, cache.load_missing(kept, features, name=name), strict=True))
     return dict(zip(readable, (one for one in features if one is not None), strict=True))
+
+
+def _plan_encoding(
+    captioner: Captioner,
+    clips: Sequence[ClipSource],
+    keys: Sequence[str],
+    found: Set[str],
+    *,
+    name: str,
+    cache: FeatureCache | None,
+    may_fail: bool,
+) -> list[float]:
+    """Return the cost of encoding each clip on all ranks, 0 where the cache holds it.
+
+    Raises:
+        ValueError: the features do not fit in the cache.
+    """
+    mine = dist.shard(list(zip(clips, keys, strict=True)))
+    estimates = dist.gather(
+        [(0.0, 0) if key in found else _estimate(clip, captioner, may_fail=may_fail) for clip, key in mine]
+    )
+    if cache:
+        num_missing = sum(key not in found for key in keys)
+        cache.require_room(sum(size for _, size in estimates), num_clips=num_missing, name=name)
+    return [cost for cost, _ in estimates]
 
 
 def _estimate(clip: ClipSource, captioner: Captioner, *, may_fail: bool) -> tuple[float, int]:

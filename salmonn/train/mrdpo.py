@@ -1,7 +1,7 @@
 """Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,7 @@ from salmonn.caption.captioner import SHIPPED_MODEL
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE
 from salmonn.model.loading import CONFIG_NAME
-from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import Network
+from salmonn.model.lora import LoraConfig
 from salmonn.preference.losses import DIFFERENCE_LOSSES, LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig
@@ -271,49 +270,6 @@ class MrDpoConfig(RunConfig):
         return round(self.qa_fraction * self.fit.batch_size)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A training on preferences.
-
-    Args:
-        folder: folder of its results.
-        seed: seed of the adapter, and of the order of the examples.
-        loss: loss.
-        fit: optimization.
-        earlier: folders of the adapters that the policy consists of, besides the start.
-        reference_policy: model that rewards are relative to; none for the policy itself.
-        anchor: model that the reference policy is mixed with, if any.
-        num_questions: number of questions in each step.
-        steps_setting: name of the setting of the number of steps, for error messages.
-    """
-
-    folder: Path
-    seed: int
-    loss: LossConfig
-    fit: FitConfig
-    earlier: Sequence[Path]
-    reference_policy: str | None = None
-    anchor: str | None = None
-    num_questions: int = 0
-    steps_setting: str = "fit.steps"
-
-    def load_reference_policy(self, config: MrDpoConfig) -> Network | None:
-        """Return the network that is the reference policy while its adapter is disabled; None for the policy's own."""
-        return _load_with_adapter(self.reference_policy, config)
-
-    def load_anchor(self, config: MrDpoConfig) -> Network | None:
-        """Return the network that the reference policy is mixed with, in the same way."""
-        return _load_with_adapter(self.anchor, config)
-
-
-def _load_with_adapter(path: str | None, config: MrDpoConfig) -> Network | None:
-    if path is None:
-        return None
-    network = config.load_model(path).network
-    attach_lora(network, config.lora, seed=0)
-    return network
-
-
 def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tuple[ClipSet, ClipSet]:
     """Load or render the training and the held-out clips.
 
@@ -382,36 +338,12 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
     greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
     voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
     evaluation = choose("heldout_references", "synth", "judge") | greedy | voter
-    is_model = config.reward.kind == "model"
     steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
     for number in range(1, config.rounds + 1):
         folder = f"round_{number}"
         if number == 1 or config.fresh_pairs:
-            steps += [
-                _captions_step(folder, choose(*LOADING, "training_videos", "synth", "sampling", "seed"), needs=policy),
-                Step(
-                    f"{folder}/ratings",
-                    choose("references", "judge", "reward", *(("reward_training",) if is_model else ())),
-                    files=tuple(f"{folder}/{name}" for name in (*RATING_FILES, *LABEL_FILES)),
-                    result=f"{folder}/{rating_file}",
-                    needs=(
-                        f"{folder}/captions",
-                        *((f"round_{number - 1}/ratings",) if is_model and number > 1 else ()),
-                    ),
-                ),
-            ]
-            examples = f"{folder}/ratings"
-            if config.loss.kind != "grpo":
-                examples = f"{folder}/pairs"
-                steps.append(
-                    Step(
-                        examples,
-                        choose("selection", "subset"),
-                        files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
-                        result=f"{folder}/{PAIRS_NAME}",
-                        needs=(f"{folder}/ratings",),
-                    )
-                )
+            steps += _example_steps(config, number, choose, rating_file=rating_file, needs=policy)
+            examples = steps[-1].name
         training = choose("loss", "lora", "fit", "seed")
         training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
         training |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
@@ -432,6 +364,33 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         training = choose("rebirth", "references", "seed")
         steps += _training_steps("rebirth", training, evaluation, needs=needs)
     return steps
+
+
+def _example_steps(
+    config: MrDpoConfig, number: int, choose: Callable[..., Settings], *, rating_file: str, needs: tuple[str, ...]
+) -> list[Step]:
+    """Return the steps of a round before its training: captions, ratings and, except for GRPO, pairs."""
+    folder, is_model = f"round_{number}", config.reward.kind == "model"
+    rewarded = choose("references", "judge", "reward", *(("reward_training",) if is_model else ()))
+    earlier_labels = (f"round_{number - 1}/ratings",) if is_model and number > 1 else ()
+    captions = _captions_step(folder, choose(*LOADING, "training_videos", "synth", "sampling", "seed"), needs=needs)
+    ratings = Step(
+        f"{folder}/ratings",
+        rewarded,
+        files=tuple(f"{folder}/{name}" for name in (*RATING_FILES, *LABEL_FILES)),
+        result=f"{folder}/{rating_file}",
+        needs=(captions.name, *earlier_labels),
+    )
+    if config.loss.kind == "grpo":
+        return [captions, ratings]
+    pairs = Step(
+        f"{folder}/pairs",
+        choose("selection", "subset"),
+        files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
+        result=f"{folder}/{PAIRS_NAME}",
+        needs=(ratings.name,),
+    )
+    return [captions, ratings, pairs]
 
 
 def _tailoring_steps(

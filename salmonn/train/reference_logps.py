@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,18 +12,82 @@ import torch
 from tqdm import tqdm
 
 from salmonn import dist
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.model.fingerprint import hash_values, hash_weights
 from salmonn.model.network import Network
-from salmonn.preference.losses import Role
+from salmonn.preference.losses import PreferenceLoss, Role
 from salmonn.records import read_json, write_json
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
-from salmonn.train.preference import Example, Logps, collate_roles, role_logps, split_tokens
+from salmonn.train.loop import FitConfig, autocast
+from salmonn.train.preference import Example, Logps, PreferenceBatches, collate_roles, role_logps, split_tokens
 
 log = logging.getLogger(__name__)
 REFERENCE_LOGPS_NAME = "reference_logps.json"
 START_LOGPS_NAME = "start_logps.json"  # by the run's start, where the reference policy is a mixture with it
 REFERENCE_LOGPS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ReferencePolicy:
+    """The policy that rewards are relative to; by default the trained model without its adapter.
+
+    Args:
+        load: loads another network with an adapter, which is disabled.
+        load_anchor: loads a network that the reference policy is mixed with (`mix_logps`).
+        eta: weight of that network.
+    """
+
+    load: Callable[[], Network] | None = None
+    load_anchor: Callable[[], Network] | None = None
+    eta: float = 0.0
+
+
+def make_preference_batches(
+    captioner: Captioner,
+    examples: Sequence[Example],
+    loss: PreferenceLoss,
+    fit_config: FitConfig,
+    *,
+    seed: int,
+    folder: Path,
+    reference_policy: ReferencePolicy = ReferencePolicy(),
+    num_questions: int = 0,
+) -> PreferenceBatches:
+    """Score the answers of examples by the reference policy, once and in advance, and return batches with the results.
+
+    Args:
+        captioner: model to train, with an adapter.
+        examples: comparisons or groups, the same on every rank.
+        loss: loss, which says which answers are needed.
+        fit_config: precision and size of the batches.
+        seed: seed of the order of the examples.
+        folder: folder that keeps the log-probabilities.
+        reference_policy: policy that rewards are relative to.
+        num_questions: number of examples of each batch that questions take the place of.
+    """
+    score = partial(
+        compute_reference_logps,
+        examples=examples,
+        processor=captioner.processor,
+        roles=loss.reference_roles,
+        batch_size=fit_config.micro_batch_size,
+        per_token=loss.per_token,
+    )
+    load, load_anchor = reference_policy.load, reference_policy.load_anchor
+    with autocast(fit_config.precision):
+        logps = score(load() if load else captioner.network, path=folder / REFERENCE_LOGPS_NAME)
+        if load_anchor:
+            logps = mix_logps(score(load_anchor(), path=folder / START_LOGPS_NAME), logps, eta=reference_policy.eta)
+    return PreferenceBatches(
+        examples,
+        logps,
+        captioner.processor,
+        roles=loss.roles,
+        batch_size=fit_config.batch_size - num_questions,
+        seed=seed,
+        gradient_accumulation_steps=fit_config.gradient_accumulation_steps,
+    )
 
 
 def compute_reference_logps(

@@ -491,10 +491,10 @@ def test_grpo_prefers_samples_with_an_advantage(captioner, groups, features_by_v
     attach_lora(captioner.network, LORA, seed=0)
     loss = make_loss(LossConfig("grpo", ce_weight=0.1))
     batches, logps = group_batches(captioner, groups, features_by_video, loss)
-    config = FitConfig(learning_rate=3e-3, steps=6, warmup_ratio=0.17, batch_size=2)
+    config = FitConfig(learning_rate=3e-4, steps=6, warmup_ratio=0.17, batch_size=2)
     fit(captioner.network, batches, PreferenceBatchLoss(loss), config, context=FitContext("groups", tmp_path))
     figures = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    assert figures[-1]["grpo"] < figures[0]["grpo"] and figures[-1]["kl_estimate"] > 0
+    assert figures[-1]["grpo"] < figures[0]["grpo"] - 0.05 and figures[-1]["kl_estimate"] > 0
     assert {"ce", "clipped"} <= set(figures[0]) and figures[0]["kl_estimate"] == pytest.approx(0, abs=1e-6)
     for group, before in zip(groups, logps, strict=True):
         pair = Comparison(group.captions[0].video, "Tell.", "", "")

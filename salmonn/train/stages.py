@@ -1,0 +1,144 @@
+"""What the stages of an mrDPO run share, the trainings among them, and the evaluation of their models."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from salmonn import dist
+from salmonn.model.lora import attach_lora
+from salmonn.model.network import Network
+from salmonn.preference.losses import LossConfig
+from salmonn.preference.reward import JudgeReward
+from salmonn.preference.voter_reward import VoterReward
+from salmonn.records import read_json, write_json
+from salmonn.score.judge import Judge
+from salmonn.score.metrics import Rates
+from salmonn.train.data import ClipSet
+from salmonn.train.evaluate import RATES_NAME, evaluate, write_evaluation, write_exploitability
+from salmonn.train.kl import make_kl_probe
+from salmonn.train.loop import FitConfig
+from salmonn.train.mrdpo import MrDpoConfig
+from salmonn.train.reference_logps import ReferencePolicy
+from salmonn.train.reward_rounds import RewardRounds
+from salmonn.train.run_folder import is_missing
+from salmonn.train.run_log import RunSummary, log_summary, print_summary, stage_name
+
+log = logging.getLogger(__name__)
+ModelPath = Path | str  # folder or hub id
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    config: MrDpoConfig
+    train: ClipSet
+    heldout: ClipSet
+    judge: Judge
+    reward: JudgeReward | VoterReward
+
+    def folder(self, number: int) -> Path:
+        """Return the folder of a round."""
+        return self.config.out / f"round_{number}"
+
+    def seed(self, number: int) -> int:
+        """Return the seed of a round."""
+        return self.config.seed * 1000 + number
+
+    @property
+    def reward_rounds(self) -> RewardRounds:
+        """Labels and reward models of the rounds, for reward.kind "model"."""
+        config = self.config
+        load_start, judge = partial(config.load_model, config.model), self.reward
+        assert isinstance(judge, JudgeReward)
+        return RewardRounds(
+            config.reward, config.reward_training, judge, self.train, config.out, load_start, config.seed,
+            config.strategy,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training on preferences.
+
+    Args:
+        folder: folder of its results.
+        seed: seed of the adapter, and of the order of the examples.
+        loss: loss.
+        fit: optimization.
+        earlier: folders of the adapters that the policy consists of, besides the start.
+        reference_policy: model that rewards are relative to; none for the policy itself.
+        anchor: model that the reference policy is mixed with, if any.
+        num_questions: number of questions in each step.
+        steps_setting: name of the setting of the number of steps, for error messages.
+    """
+
+    folder: Path
+    seed: int
+    loss: LossConfig
+    fit: FitConfig
+    earlier: Sequence[Path]
+    reference_policy: str | None = None
+    anchor: str | None = None
+    num_questions: int = 0
+    steps_setting: str = "fit.steps"
+
+    def find_reference_policy(self, config: MrDpoConfig) -> ReferencePolicy:
+        """Return the reference policy, whose networks are loaded when they are needed."""
+
+        def loader(model: str | None) -> Callable[[], Network] | None:
+            return partial(_load_with_adapter, model, config) if model else None
+
+        return ReferencePolicy(loader(self.reference_policy), loader(self.anchor), config.eta)
+
+
+def _load_with_adapter(model: str, config: MrDpoConfig) -> Network:
+    network = config.load_model(model).network
+    attach_lora(network, config.lora, seed=0)
+    return network
+
+
+def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None = None) -> Rates:
+    """Evaluate a stage's model on the held-out clips, or load the result from `heldout/`.
+
+    With a summary of the stages before, also measure its KL divergence from the run's start.
+
+    Args:
+        model: folder or hub id of the model.
+        folder: folder of the stage.
+        run: clips and judge.
+        summary: gets the KL divergence.
+    """
+    config, results = run.config, folder / "heldout"
+    kl_path = results / f"kl_{config.kl.num_clips}.json"
+    needs_rates = is_missing(results / RATES_NAME)
+    needs_kl = bool(summary and config.kl.num_clips) and is_missing(kl_path)
+    if needs_rates or needs_kl:
+        captioner = config.load_model(model)
+        if needs_rates:
+            result = evaluate(captioner, run.heldout, judge=run.judge, sampling=config.sampling, name=folder.name)
+            if dist.is_main():
+                if isinstance(run.reward, VoterReward):
+                    write_exploitability(results, run.reward.voter, result, run.heldout)
+                write_evaluation(results, result, judge=run.judge)  # last, as its rates mark the step as complete
+        if needs_kl:
+            start = config.load_model(config.model).network
+            probe = make_kl_probe(captioner, run.heldout, config.kl, batch_size=config.fit.micro_batch_size)
+            kl = probe.kl_between(captioner.network, start)
+            if dist.is_main():
+                write_json(kl_path, kl)
+        dist.barrier()
+    rates = Rates(**read_json(results / RATES_NAME))
+    log.info("%s: total %.3f, questions %s", folder.name, rates.total, rates.qa_accuracy)
+    if summary and config.kl.num_clips:
+        summary.kl[stage_name(folder.name)] = read_json(kl_path)
+    return rates
+
+
+def report(run: Run, summary: RunSummary) -> None:
+    """Show the stages so far in the terminal and in TensorBoard."""
+    if dist.is_main():
+        log_summary(run.config.out, summary)
+        print_summary(summary)
