@@ -18,7 +18,7 @@ import torch
 from salmonn.caption import captioner
 from salmonn.model import lora
 from salmonn.preference import reward, reward_model
-from salmonn.train import checkpoint, evaluate, feature_cache, preference, run_folder
+from salmonn.train import checkpoint, evaluate, feature_cache, reference_logps, run_folder
 
 
 def kill() -> None:
@@ -73,7 +73,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "captions": lambda: before(run_folder, "write_records", when=has_name("captions.jsonl")),
     "judging": lambda: before(reward, "write_scores"),
     "pairing": lambda: before(run_folder, "write_records", when=has_name("pairs.jsonl")),
-    "reference": lambda: before(preference, "write_json"),
+    "reference": lambda: before(reference_logps, "write_json"),
     "step": lambda: before(torch.optim.AdamW, "step", calls=2),
     "checkpoint": lambda: while_writing(checkpoint, "save_file"),
     "checkpoint_json": lambda: before(checkpoint, "write_json"),

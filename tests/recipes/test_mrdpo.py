@@ -482,8 +482,9 @@ def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, capt
         weight.add_(1.0)
     config = recipe.MrDpoConfig(model=str(random_model))
     stage = recipe.Stage(Path("round_2"), 0, config.loss, config.fit, [])
-    assert stage.load_reference_policy(config) is None and stage.load_anchor(config) is None
-    renewed = replace(stage, reference_policy=config.model).load_reference_policy(config)
+    own = stage.find_reference_policy(config)
+    assert own.load is None and own.load_anchor is None
+    renewed = replace(stage, reference_policy=config.model).find_reference_policy(config).load()
     assert torch.allclose(renewed.get_parameter(name), weight - 1.0, atol=1e-6)
 
 
