@@ -180,7 +180,7 @@ def train(run: Run) -> Captioner:
     choose_trainable(captioner.network, config)
     examples = to_examples(run.data, captioner, config)
     if config.strategy != "ddp":
-        examples = require_one_modality(examples, strategy=config.strategy)
+        examples = require_one_modality(examples, strategy=config.strategy, hears=captioner.processor.family.hears)
     read_clip = clip_reader(captioner, examples, config.feature_cache, left_out)
     examples = [example for example in examples if example.clip not in left_out.sources]
     run.open()  # a checkpoint must not be of other clips
@@ -334,16 +334,21 @@ def load_model(config: SftConfig, data: ClipSet | ConversationSet) -> Captioner:
     return Captioner(initial_network(config, processor), processor)
 
 
-def require_one_modality(examples: Sequence[TrainingExample], *, strategy: str) -> list[TrainingExample]:
+def require_one_modality(
+    examples: Sequence[TrainingExample], *, strategy: str, hears: bool = True
+) -> list[TrainingExample]:
     """Return examples for a strategy that shards the model: all processes must use the same parts in each step.
 
-    A clip without the video or audio that its example needs then stops the run when it is read.
+    A clip without the video or audio that its example needs then stops the run when it is read. A model that does not
+    hear uses the same parts for all examples.
 
     Raises:
         ValueError: the strategy cannot train the encoders, or the examples use different modalities.
     """
     if strategy == "zero3":
         raise ValueError("strategy zero3 cannot train the encoders; use fsdp2, which shards weights too")
+    if not hears:
+        return list(examples)
     modalities = sorted({example.clip.modality for example in examples})
     if len(modalities) > 1:
         raise ValueError(
@@ -405,7 +410,8 @@ def clip_reader(
             leave_out_unreadable(clips, read, left_out, name="training clips")
         return read
     embeddings = captioner.network.lm.get_input_embeddings().weight
-    encoders = [*captioner.network.vision.parameters(), *captioner.network.audio.parameters()]
+    towers = [tower for tower in (captioner.network.vision, captioner.network.audio) if tower is not None]
+    encoders = [value for tower in towers for value in tower.parameters()]
     if any(value.requires_grad for value in (*encoders, embeddings)):
         raise ValueError(
             "features can be cached only if encoders and embeddings are frozen, but trainable names some of them; omit "

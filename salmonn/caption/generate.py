@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -342,8 +343,8 @@ def _repetition_penalty(
 ) -> _RepetitionPenalty:
     """Return the penalty as the published code of each family applies it.
 
-    The published 2+ generates from ids, so its penalty includes the prompt; video-SALMONN 2 generates from embeddings,
-    so its penalty does not.
+    The published 2+ and Qwen3-VL generate from ids, so their penalty includes the prompt and the text within the clip;
+    video-SALMONN 2 generates from embeddings, so its penalty does not.
     """
     penalty = sampling.repetition_penalty
     if penalty is None:
@@ -352,7 +353,11 @@ def _repetition_penalty(
     if not network.family.penalizes_prompt:
         return _RepetitionPenalty(penalty, ids[:, :0])
     # Padding is not part of the prompt: it is replaced by the row's first token.
-    return _RepetitionPenalty(penalty, ids.where(inputs.attention_mask[rows].bool(), ids[:, :1]))
+    history = ids.where(inputs.attention_mask[rows].bool(), ids[:, :1])
+    texts = [torch.tensor(inputs.layouts[inputs.clip_index[row]].timestamp_ids, dtype=torch.long) for row in rows]
+    longest = max(map(len, texts))
+    within = torch.stack([F.pad(text, (0, longest - len(text)), value=-1) for text in texts]).to(ids.device)
+    return _RepetitionPenalty(penalty, torch.cat([history, within.where(within >= 0, ids[:, :1])], dim=1))
 
 
 def _uniform_numbers(seeds: Sequence[int] | None, *, num_samples: int, num_rows: int, sampling: Sampling) -> Tensor:

@@ -162,13 +162,19 @@ class Processor:
     def read_spec(
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
     ) -> ReadSpec:
-        """Return what this model reads of a file, or of a span of it."""
+        """Return what this model reads of a file, or of a span of it: of "both", what it perceives.
+
+        Raises:
+            ValueError: the modality is audio, and the model does not hear.
+        """
+        if modality == "audio" and not self.family.hears:
+            raise ValueError(f"modality audio: a {self.config.family} model hears nothing; use --modality visual")
         return ReadSpec(
             self.family.frame_sampler,
             start_seconds,
             end_seconds,
             video=modality != "audio",
-            audio=modality != "visual",
+            audio=modality != "visual" and self.family.hears,
             reader=self.reader,
         )
 
@@ -204,11 +210,14 @@ class Processor:
         # Rounded, since positions of a grid step of 0.4999999 s would be half a second too low.
         seconds = round(clip.video_seconds, 6)
         inputs = self.family.clip_inputs(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
-        return replace(inputs, info=info)
+        times = (clip.frame_times - clip.frame_times[0]).round(6).tolist()
+        return replace(inputs, info=info, times=tuple(times))
 
     def _log_mel(self, clip: Clip) -> tuple[Tensor, list[str]]:
         """Compute log-mel chunks (C, M, T) of the audio, cut to the family's maximum duration; also say what is cut."""
         notices: list[str] = []
+        if not self.family.hears:
+            return torch.zeros(0), notices
         if clip.waveform is None:
             return torch.zeros(0, *self.family.mel_shape(0.0)[1:]), notices
         waveform = clip.waveform

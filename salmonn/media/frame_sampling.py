@@ -171,3 +171,70 @@ class UniformSampler:
             grow = math.sqrt(self.min_pixels / (height * width))
             return tuple(math.ceil(side * grow / self.factor) * self.factor for side in (height, width))  # type: ignore[return-value]
         return rows, columns
+
+
+@dataclass(frozen=True)
+class BudgetSampler:
+    """Frames of Qwen3-VL: evenly spaced from the first to the last, within a pixel budget for the whole clip.
+
+    The rules are those of `Qwen3VLVideoProcessor` in transformers, with `cap_pixels_per_frame` unless `frame_pixels` is
+    None. The defaults are the values of the published video_preprocessor_config.json.
+
+    Args:
+        frames_per_second: rate.
+        min_frames, max_frames: minimum (if the video has that many) and maximum number of frames.
+        min_pixels, max_pixels: limits of the area of all frames together.
+        frame_pixels: maximum area of a frame; None for no such maximum. The default is that of Qwen's own preprocessing
+            (qwen-vl-utils), 768 tokens.
+        factor: divisor of height and width: patch size times merge size.
+    """
+
+    frames_per_second: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 4096
+    max_pixels: int = 25_165_824
+    frame_pixels: int | None = 786_432
+    factor: int = 32
+
+    def with_options(self, options: FrameOptions) -> "BudgetSampler":
+        """See `FrameSampler`."""
+        options.check(max_frames=self.max_frames)
+        changed = self
+        if options.max_pixels is not None:
+            if options.max_pixels < self.factor**2:
+                raise ValueError(f"max_pixels is {options.max_pixels}; the minimum of this model is {self.factor**2}")
+            changed = replace(changed, frame_pixels=options.max_pixels)
+        if options.frames_per_second is not None:
+            return replace(changed, frames_per_second=options.frames_per_second, min_frames=1)
+        if options.num_frames is not None:  # with a rate of 0, the minimum decides
+            return replace(changed, frames_per_second=0.0, min_frames=options.num_frames)
+        return changed
+
+    def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
+        """See `FrameSampler`."""
+        wanted = int(seconds * self.frames_per_second + 1e-6)  # 7.9999999 are 8
+        count = min(max(wanted, self.min_frames), self.max_frames, num_frames)
+        numbers = np.linspace(0, num_frames - 1, count).round()
+        return first + numbers * seconds / num_frames
+
+    def frame_size(self, height: int, width: int, num_sampled: int) -> tuple[int, int]:
+        """See `FrameSampler`. Rounds as `smart_resize` of Qwen3-VL's video processor in transformers."""
+        # A single frame is repeated: a patch is two frames deep.
+        count = max(num_sampled, 2)
+        max_pixels = self.max_pixels
+        if self.frame_pixels is not None:
+            of_frame = max(min(self.frame_pixels, self.max_pixels // count), int(self.min_pixels * 1.05))
+            max_pixels = of_frame * count
+        if min(height, width) < self.factor:
+            scale = max(self.factor / height, self.factor / width)
+            height, width = int(height * scale), int(width * scale)
+        rows, columns = (round(side / self.factor) * self.factor for side in (height, width))
+        area = round(count / 2) * 2 * rows * columns
+        if area > max_pixels:
+            shrink = math.sqrt(count * height * width / max_pixels)
+            return tuple(max(math.floor(side / shrink / self.factor), 1) * self.factor for side in (height, width))  # type: ignore[return-value]
+        if area < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (count * height * width))
+            return tuple(math.ceil(side * grow / self.factor) * self.factor for side in (height, width))  # type: ignore[return-value]
+        return rows, columns

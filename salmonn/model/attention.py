@@ -72,7 +72,7 @@ def use_packed_attention(config: Any) -> None:
     Raises:
         ValueError: some layers use sliding-window attention.
     """
-    if others := sorted(set(config.layer_types) - {"full_attention"}):
+    if others := sorted(set(getattr(config, "layer_types", ())) - {"full_attention"}):
         raise ValueError(
             f"the language model has layers with {', '.join(others)}, which are not supported; set use_sliding_window "
             "to false in its config"

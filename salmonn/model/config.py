@@ -24,8 +24,8 @@ class SalmonnConfig(PreTrainedConfig):
         family: name of a family in `salmonn.model.families`.
         lm: arguments of the language model's config, with the vision_config where the vision tower comes with it.
         vision: arguments of the vision tower's config, unless it comes with the language model.
-        whisper: arguments of WhisperConfig.
-        qformer: arguments of Blip2QFormerConfig.
+        whisper: arguments of WhisperConfig; None for a model without hearing.
+        qformer: arguments of Blip2QFormerConfig; None for a model without hearing.
         num_queries: Q-Former queries per window.
         window_seconds: duration of a Q-Former window.
         stride_seconds: distance between the starts of windows; None for the duration of a window.

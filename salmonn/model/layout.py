@@ -19,12 +19,12 @@ class Layout:
     """Order and positions of the N tokens of a clip.
 
     Args:
-        order: (N,) index of each token in the S source tokens: visual ones, then audio, then timestamps. S stands for
-            a zero vector.
+        order: (N,) index of each token in the S source tokens: visual ones, then audio, then text. S stands for a zero
+            vector.
         positions: (3, N) rotary positions (time, row, column) from the start of the clip; all three are equal for
             decoders with plain rotary embeddings.
         num_visual: number of visual source tokens.
-        timestamp_ids: token ids of all timestamps.
+        timestamp_ids: token ids of the text within the clip: timestamps, and markers of frames.
         text_start: position of the text behind the clip, from the start of the clip; None for the published rule of
             video-SALMONN 2, see `next_position`.
     """
@@ -78,6 +78,7 @@ class ClipInputs:
         mel: (C, M, T) log-mel chunks; empty without audio.
         num_frames: F.
         seconds: duration of the video.
+        times: (F,) seconds from the first frame to each frame.
         grid: numbers of steps T, patch rows h and patch columns w; zeros where frames are not cut into patches.
         info: what is known about the source.
     """
@@ -86,6 +87,7 @@ class ClipInputs:
     mel: Tensor
     num_frames: int = 0
     seconds: float = 0.0
+    times: tuple[float, ...] = ()
     grid: tuple[int, int, int] = (0, 0, 0)
     info: ClipInfo = ClipInfo()
 
@@ -96,7 +98,14 @@ class ClipInputs:
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """Encoded clip: tokens (N, D) in their final order, their layout, and what is known about the source."""
+    """Encoded clip: tokens in their final order, their layout, and what is known about the source.
+
+    Args:
+        tokens: (N, (1 + K) D): the embedding of each token, then what is added to its hidden states after each of the
+            decoder's first K layers. K is `Family.num_deep_layers`, mostly 0.
+        layout: order and positions.
+        info: what is known about the source.
+    """
 
     tokens: Tensor
     layout: Layout
@@ -122,7 +131,7 @@ class ModelInputs:
         clip_index: (B,) index of each row's clip.
         layouts: layout of each clip.
         clip_inputs: clips that are still to be encoded; or
-        clip_features: (N_i, D) tokens of clips that frozen towers have encoded before.
+        clip_features: (N_i, (1 + K) D) tokens of clips that frozen towers have encoded before, see `ClipFeatures`.
     """
 
     input_ids: Tensor

@@ -1,10 +1,12 @@
 """The audio-visual language model: towers encode clips to tokens that are inserted into the decoder's text."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -23,6 +25,28 @@ UNUSED_WEIGHTS = (r"post_layernorm", r"position_ids")  # of published towers, wh
 # More tokens are no faster and take memory. On a CPU they are slower by a sixth, since the allocator returns tensors of
 # that size to the system and every page has to be mapped again.
 PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS_CPU = 8192, 1024
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embedded text with the tokens of clips.
+
+    Args:
+        embeds: (B, L, D).
+        is_clip: (B, L) true for the N clip tokens; None if there are none.
+        deep: (N, D) for each of the decoder's first layers: what is added to the clip tokens' hidden states after it.
+    """
+
+    embeds: Tensor
+    is_clip: Tensor | None = None
+    deep: Sequence[Tensor] = ()
+
+    def decoder_inputs(self) -> dict[str, Any]:
+        """Return the arguments of a decoder of transformers."""
+        inputs: dict[str, Any] = dict(inputs_embeds=self.embeds)
+        if self.deep:
+            inputs |= dict(visual_pos_masks=self.is_clip, deepstack_visual_embeds=list(self.deep))
+        return inputs
 
 
 class Network(PreTrainedModel):
@@ -53,7 +77,8 @@ class Network(PreTrainedModel):
         self._prefill_chunk_tokens: int | None = None
         self.head: nn.Module | None = None
         # Layers that device_map "auto" keeps whole; transformers adds those of the language model.
-        layers = (name for tower in (self.vision, self.audio) for name in tower.encoder._no_split_modules or ())  # type: ignore[union-attr]
+        towers = [tower for tower in (self.vision, self.audio) if tower is not None]
+        layers = (name for tower in towers for name in tower.encoder._no_split_modules or ())  # type: ignore[union-attr]
         self._no_split_modules = ["Blip2QFormerLayer", *layers]
         use_packed_attention(self.lm.get_decoder().config)
         self.post_init()
@@ -82,15 +107,14 @@ class Network(PreTrainedModel):
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def encode(self, clips: Sequence[ClipInputs], layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
-        """Encode clips to their tokens in the order of their layouts, (N_i, D) for each clip."""
+        """Encode clips to their tokens in the order of their layouts, (N_i, (1 + K) D) for each clip."""
         with_video = [clip for clip in clips if clip.num_frames]
         with_audio = [clip.mel for clip in clips if len(clip.mel)]
         pixels, grids = [clip.pixels for clip in with_video], [clip.grid for clip in with_video]
         visual = iter(self.vision(pixels, grids) if with_video else [])
-        audio = iter(self.audio(with_audio) if with_audio else [])
+        audio = iter(self.audio(with_audio) if self.audio is not None and with_audio else [])
         # Not made from the embeddings: where these are offloaded, their weight is on no device between two calls.
-        width = self.lm.get_input_embeddings().embedding_dim
-        empty = torch.zeros(0, width, dtype=self.dtype, device=self.device)
+        empty = torch.zeros(0, self.feature_width, dtype=self.dtype, device=self.device)
         return self.arrange_features(
             [next(visual) if clip.num_frames else empty for clip in clips],
             [next(audio) if len(clip.mel) else empty for clip in clips],
@@ -100,23 +124,36 @@ class Network(PreTrainedModel):
     def arrange_features(
         self, visual: Sequence[Tensor], audio: Sequence[Tensor], layouts: Sequence[Layout]
     ) -> tuple[Tensor, ...]:
-        """Put visual tokens (V_i, D), audio tokens (A_i, D) and timestamps of each clip in the order of its layout."""
+        """Put the tokens of each clip in the order of its layout: visual (V_i, (1 + K) D), audio (A_i, D) and text.
+
+        Tokens without deep features get zeros in their place.
+        """
         embed = self.lm.get_input_embeddings()
         arranged = []
         for visual_tokens, audio_tokens, layout in zip(visual, audio, layouts, strict=True):
             timestamps = embed(torch.tensor(layout.timestamp_ids, dtype=torch.long, device=self.device))
             zeros = timestamps.new_zeros(1, timestamps.shape[-1])
             # In a model that is split over devices, the towers are not on the device of the embeddings.
-            tokens = torch.cat([visual_tokens.to(timestamps), audio_tokens.to(timestamps), timestamps, zeros])
+            tokens = torch.cat(
+                [
+                    F.pad(part.to(timestamps), (0, self.feature_width - part.shape[-1]))
+                    for part in (visual_tokens, audio_tokens, timestamps, zeros)
+                ]
+            )
             arranged.append(tokens.index_select(0, layout.order.to(tokens.device)))
         return tuple(arranged)
 
+    @property
+    def feature_width(self) -> int:
+        """Width (1 + K) D of the clips' tokens, see `ClipFeatures`."""
+        return int(self.lm.get_input_embeddings().embedding_dim * (1 + self.family.num_deep_layers))
+
     def embed(self, inputs: ModelInputs) -> Tensor:
         """Embed text and insert the clips' tokens, (B, L, D)."""
-        return self._embed(inputs, inputs.input_ids, inputs.clip_index)
+        return self._embed(inputs, inputs.input_ids, inputs.clip_index).embeds
 
-    def _embed(self, inputs: ModelInputs, ids: Tensor, clip_index: Sequence[int]) -> Tensor:
-        """Embed `ids` (B, L), in which the clips `clip_index` follow each other, (B, L, D)."""
+    def _embed(self, inputs: ModelInputs, ids: Tensor, clip_index: Sequence[int]) -> Embedded:
+        """Embed `ids` (B, L), in which the clips `clip_index` follow each other."""
         clips = list(dict.fromkeys(clip_index))
         if inputs.clip_features:
             features = [inputs.clip_features[clip] for clip in clips]
@@ -129,10 +166,12 @@ class Network(PreTrainedModel):
         embeds = self.lm.get_input_embeddings()(ids.masked_fill(is_clip, 0))
         by_clip = dict(zip(clips, features, strict=True))
         tokens = torch.cat(
-            [embeds.new_zeros(0, embeds.shape[-1]), *(by_clip[clip].to(embeds.device) for clip in clip_index)]
+            [embeds.new_zeros(0, self.feature_width), *(by_clip[clip].to(embeds.device) for clip in clip_index)]
         )
+        first, *deep = tokens.split(embeds.shape[-1], dim=-1)
         # In a model that is split over devices, the embeddings may be on another device than the ids.
-        return insert_clip_tokens(embeds, is_clip.to(embeds.device), tokens)
+        is_clip = is_clip.to(embeds.device)
+        return Embedded(insert_clip_tokens(embeds, is_clip, first), is_clip, deep)
 
     def forward(
         self, inputs: ModelInputs, *, distributions: bool = False, pooling: Pooling | Literal["tokens"] | None = None
@@ -232,7 +271,7 @@ class Network(PreTrainedModel):
     def decode_step(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
         """Run one more token (R,) of each cached row through the decoder; returns the logits after it, (R, V)."""
         cache = caches[0] if len(caches) == 1 else BatchedKVCache(caches)
-        embeds = self.lm.get_input_embeddings()(tokens[:, None])
+        embeds = Embedded(self.lm.get_input_embeddings()(tokens[:, None]))
         return self._logits(self._run_decoder(embeds, cache.advance(), cache)[:, 0])
 
     def _run_packed(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> Tensor:
@@ -244,24 +283,25 @@ class Network(PreTrainedModel):
         output = self._decode(*self._embed_packed(inputs, packed), backend, output_hidden_states=True)
         return [layer[0] for layer in output.hidden_states]
 
-    def _embed_packed(self, inputs: ModelInputs, packed: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (1, T, D) and the positions (3, 1, T) of a packed sequence."""
+    def _embed_packed(self, inputs: ModelInputs, packed: PackedBatch) -> tuple[Embedded, Tensor]:
+        """Return the embedded tokens (1, T) and the positions (3, 1, T) of a packed sequence."""
         ids = inputs.input_ids.flatten()[packed.source].unsqueeze(0)
         embeds = self._embed(inputs, ids, [group.clip for group in packed.groups])
         return embeds, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1)
 
-    def _run_decoder(self, embeds: Tensor, position_ids: Tensor, backend: AttentionBackend) -> Tensor:
-        """Run embedded tokens (B, L, D) at positions (3, B, L) through the decoder, (B, L, D)."""
-        hidden: Tensor = self._decode(embeds, position_ids, backend).last_hidden_state
+    def _run_decoder(self, embedded: Embedded, position_ids: Tensor, backend: AttentionBackend) -> Tensor:
+        """Run embedded tokens (B, L) at positions (3, B, L) through the decoder, (B, L, D)."""
+        hidden: Tensor = self._decode(embedded, position_ids, backend).last_hidden_state
         return hidden
 
-    def _decode(self, embeds: Tensor, position_ids: Tensor, backend: AttentionBackend, **options: bool) -> Any:
+    def _decode(self, embedded: Embedded, position_ids: Tensor, backend: AttentionBackend, **options: bool) -> Any:
         return self.lm.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask={"full_attention": None},  # so that transformers makes none
+            # Transformers takes a mask of four dimensions as it is instead of making one; the backend ignores it.
+            attention_mask=embedded.embeds.new_zeros(1, 1, 1, 1),
             position_ids=self.family.rotary_positions(position_ids),
             use_cache=False,
             backend=backend,
+            **embedded.decoder_inputs(),
             **options,
         )
 

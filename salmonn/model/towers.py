@@ -1,7 +1,7 @@
 """Vision and audio towers: the pretrained encoders of transformers, with the parts around them.
 
-SigLIP (video-SALMONN 2) or Qwen2.5-VL's vision transformer (2+) for frames; Whisper's encoder, a window Q-Former and a
-projection to the language model's width for audio.
+SigLIP (video-SALMONN 2) or the vision transformer of Qwen2.5-VL (2+) or Qwen3-VL for frames; Whisper, a window
+Q-Former and a projection to the language model's width for audio.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerModel, SiglipVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 Grid = tuple[int, int, int]  # steps, rows and columns of patches
@@ -57,15 +58,25 @@ class SiglipTower(nn.Module):
 
 
 class QwenTower(nn.Module):
-    """Encoder of patches of two frames each; squares of patches are merged to one token.
+    """Encoder of patches of two frames each (Qwen2.5-VL, Qwen3-VL); squares of patches are merged to one token.
 
     Args:
-        encoder: Qwen2.5-VL's vision transformer with its merger, whose output has the language model's width D.
+        encoder: Qwen2.5-VL's vision transformer with its merger, whose output has the language model's width D, or
+            Qwen3-VL's, which also outputs features of K inner layers.
+        mean, std: mean and standard deviation of each color channel, of pixels from 0 to 1.
     """
 
-    def __init__(self, encoder: Qwen2_5_VisionTransformerPretrainedModel) -> None:
+    def __init__(
+        self,
+        encoder: Qwen2_5_VisionTransformerPretrainedModel | Qwen3VLVisionModel,
+        *,
+        mean: Sequence[float] = OPENAI_CLIP_MEAN,
+        std: Sequence[float] = OPENAI_CLIP_STD,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.mean = tuple(mean)
+        self.std = tuple(std)
 
     def forward(self, patches: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
         """Encode each clip's patches.
@@ -75,28 +86,33 @@ class QwenTower(nn.Module):
             grids: (T, h, w) of each clip.
 
         Returns:
-            (T h w / merge^2, D) for each clip.
+            (T h w / merge^2, (1 + K) D) for each clip: the merged output, then the K deep features; K is 0 for
+            Qwen2.5-VL.
         """
         lengths = [len(clip) // self.encoder.spatial_merge_unit for clip in patches]
-        return list(self.encode(normalize(torch.cat(list(patches))), grids).split(lengths))
+        pixels = normalize(torch.cat(list(patches)), mean=self.mean, std=self.std)
+        return list(self.encode(pixels, grids).split(lengths))
 
     def encode(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Encode the normalized patches of all clips, concatenated."""
         grid = torch.tensor(grids, device=pixels.device)
-        return self.encoder(pixels.to(self.encoder.dtype), grid_thw=grid).pooler_output
+        output = self.encoder(pixels.to(self.encoder.dtype), grid_thw=grid)
+        deep = getattr(output, "deepstack_features", None) or []
+        return torch.cat([output.pooler_output, *deep], dim=-1)
 
 
-def normalize(patches: Tensor) -> Tensor:
+def normalize(
+    patches: Tensor, *, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
+) -> Tensor:
     """Normalize patches (P, C * 2 * p * p) uint8 by the mean and standard deviation of each color channel."""
-    mean, std = (
-        torch.tensor(values, device=patches.device).repeat_interleave(patches.shape[1] // 3)
-        for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    mean_of_value, std_of_value = (
+        torch.tensor(values, device=patches.device).repeat_interleave(patches.shape[1] // 3) for values in (mean, std)
     )
-    return (patches / 255 - mean) / std
+    return (patches / 255 - mean_of_value) / std_of_value
 
 
 def to_patches(frames: Tensor, *, patch: int, merge: int) -> tuple[Tensor, Grid]:
-    """Cut frames into the patches of Qwen2.5-VL: two frames deep, squares of merge x merge patches together.
+    """Cut frames into the patches of Qwen2.5-VL and its successors: two frames deep, squares of patches together.
 
     Args:
         frames: (F, C, H, W), with H and W multiples of patch * merge; the last of an odd number is repeated.

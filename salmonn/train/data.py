@@ -300,6 +300,11 @@ class ClipCache:
             end_seconds=source.end_seconds,
         )
         if source.needs_both and source.modality == "both" and not (inputs.num_frames and len(inputs.mel)):
+            if not self.processor.family.hears:
+                raise ClipError(
+                    f"{source.video}: this example needs video and audio, but a {self.processor.config.family} model "
+                    "hears nothing; change its modality (use_audio in a conversation)"
+                )
             missing = "audio" if inputs.num_frames else "video"
             raise ClipError(
                 f"{source.video} has no {missing}, but this example needs video and audio; remove it, or change "

@@ -35,6 +35,7 @@ PARTS = {
     "Q-Former": ("audio.qformer.",),
     "projections": (
         "vision.encoder.merger.",
+        "vision.encoder.deepstack_merger_list.",
         "vision.projector.",
         "vision.newline",
         "audio.projector.",
@@ -42,9 +43,9 @@ PARTS = {
     ),
     "language model": ("lm.",),
 }
+TEXT_TOKENS = re.compile(r"<\|\w+\|>|\d| ?[^\W\d]+|\S")  # special tokens, digits, words, other characters
 
 
-MARKER = re.compile(r"<\|\w+\|>")  # special token
 DEFAULT_SHAPE = ClipShape()
 
 
@@ -112,18 +113,21 @@ def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     family = get_family(config)
     sampler = family.frame_sampler
     num_frames = max(1, round(shape.seconds * shape.frames_per_second))
-    count = len(sampler.sample_times(0.0, shape.seconds, num_frames))
+    times = sampler.sample_times(0.0, shape.seconds, num_frames)
+    count = len(times)
     frames = torch.empty(
         (count, 3, *sampler.frame_size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta"
     )
-    mel = torch.empty(family.mel_shape(shape.seconds), device="meta")
-    return family.clip_inputs(frames, mel, seconds=shape.seconds)
+    mel = torch.empty(0, device="meta")
+    if family.hears:
+        mel = torch.empty(family.mel_shape(shape.seconds), device="meta")
+    return replace(family.clip_inputs(frames, mel, seconds=shape.seconds), times=tuple(times.tolist()))
 
 
 def placeholder_layout(config: SalmonnConfig, media: ClipInputs) -> Layout:
-    """Return the layout of a clip's tokens; published tokenizers encode each digit, point and marker as one."""
+    """Return the layout of a clip's tokens; the published tokenizers cut text as `TEXT_TOKENS` does."""
     family = get_family(config)
-    timestamps = [[0] * len(MARKER.sub("?", text)) for text in family.timestamps(media)]
+    timestamps = [[0] * len(TEXT_TOKENS.findall(text)) for text in family.timestamps(media)]
     return family.layout(media, timestamp_ids=timestamps)
 
 
@@ -131,7 +135,11 @@ def count_clip_tokens(config: SalmonnConfig, shape: ClipShape, *, modality: Moda
     """Return the number of tokens of a clip, as far as its shape tells; 0 for one without a known duration."""
     if not shape.seconds:
         return 0
-    if not shape.width:
+    if not get_family(config).hears:
+        if not shape.width or modality == "audio":
+            return 0  # there is nothing that the model perceives, which is reported when the clip is read
+        modality = "visual"
+    elif not shape.width:
         shape, modality = replace(DEFAULT_SHAPE, seconds=shape.seconds), "audio"
     elif not shape.has_audio:
         modality = "visual"
@@ -207,12 +215,15 @@ class MemoryPlan:
         self.layout = placeholder_layout(self.config, self.media)
         self.clip_tokens = len(self.layout)
         self.patches = self.family.count_patches(self.media)  # in the vision encoder's layers
-        self.steps = self.family.count_audio_steps(self.media)  # in the audio encoder's layers
+        hears = self.family.hears
+        self.steps = self.family.count_audio_steps(self.media) if hears else 0  # in the audio encoder's layers
         self.parameters = count_parameters(self.network)
         self.trained = sum(part.trained for part in self.parameters.values())
         self.decoder = Stack.of(self.network.lm.config.get_text_config())
         self.vision = Stack.of(self.network.get_submodule("vision.encoder").config)
-        self.audio = Stack.of(self.network.get_submodule("audio.encoder").config)
+        self.audio = Stack.of(self.network.get_submodule("audio.encoder").config) if hears else None
+        # What the decoder's first layers add to the clip's tokens is held until the end of a step.
+        self.deep_tokens = self.clip_tokens * self.family.num_deep_layers
 
     def training(self, *, checkpointed: bool | int) -> MemoryEstimate:
         """Estimate the memory of a training step on one device.
@@ -241,7 +252,7 @@ class MemoryPlan:
                 + (cast // decoder.layers if num_layers == decoder.layers else cast),
                 "gradients": FLOAT32 * self.trained,
                 "Adam's moments": 2 * FLOAT32 * self.trained,
-                "inputs": estimate.embedded(decoder, numbers, tokens=tokens),
+                "inputs": estimate.embedded(decoder, numbers, tokens=tokens, deep_tokens=work.clips * self.deep_tokens),
                 "activations": saved + work.clips * self._encoder_saved(checkpointed=num_layers > 0),
             },
             workspace={
@@ -271,7 +282,7 @@ class MemoryPlan:
         num_clips = max(1, batch_size // num_samples)
         numbers = NumberSizes(self.numbers.stored, self.numbers.stored)
         prompt = self.clip_tokens + self.work.prompt_tokens
-        prefill = estimate.embedded(self.decoder, numbers, tokens=prompt)
+        prefill = estimate.embedded(self.decoder, numbers, tokens=prompt, deep_tokens=self.deep_tokens)
         prefill += prompt * estimate.workspace(self.decoder, numbers)
         cached = num_clips * prompt + num_clips * num_samples * max_new_tokens
         cache = estimate.kv_cache_bytes(self.decoder, numbers, tokens=cached)
@@ -292,6 +303,8 @@ class MemoryPlan:
             weight_bytes=numbers.stored,
             matmul_bytes=numbers.computed,
         )
+        if self.audio is None:
+            return visual
         # Whisper's convolutions, at twice the steps, or a layer's temporaries.
         per_step = max(2 * 2 * numbers.computed * self.audio.width, estimate.workspace(self.audio, numbers))
         return max(self.steps * per_step, visual)
@@ -301,7 +314,7 @@ class MemoryPlan:
         if self.work.cached_features:
             return 0
         numbers, whole, saved = self.numbers, TrainedParts(whole=True), 0
-        if self._is_trained("audio.qformer."):
+        if self.audio is not None and self._is_trained("audio.qformer."):
             # The audio steps in float32, their keys and values in each layer (2 b D), and for the few queries what a
             # layer with two attentions saves.
             qformer = Stack.of(self.network.get_submodule("audio.qformer.qformer").config)
@@ -311,7 +324,7 @@ class MemoryPlan:
         if self._is_trained("vision.encoder.merger."):
             # Qwen2.5-VL's: its input, normed input, and its activation's input and output.
             saved += self.patches * self.vision.width * (FLOAT32 + 3 * numbers.computed)
-        if self._is_trained("audio.encoder.proj"):
+        if self.audio is not None and self._is_trained("audio.encoder.proj"):
             # Qwen-Omni's: its input, and where it has a layer more, its activation's input and output.
             saved += self.steps * numbers.computed * 3 * self.audio.width
         if self._is_trained("vision.projector."):
@@ -321,7 +334,7 @@ class MemoryPlan:
             ("vision.encoder.", self.vision, self.patches),
             ("audio.encoder.", self.audio, self.steps),
         ):
-            if self._is_trained(start):
+            if stack is not None and self._is_trained(start):
                 saved += estimate.saved_by_stack(
                     stack, numbers, whole, tokens=tokens, rows=1, checkpointed=stack.layers * checkpointed
                 )
@@ -375,15 +388,18 @@ def summarize_clip(plan: MemoryPlan) -> str:
     if media.num_frames:
         rows, columns = plan.family.frame_sampler.frame_size(shape.height, shape.width, media.num_frames)
         video = f"{media.num_frames} frames of {columns}x{rows} = {plan.layout.num_visual} visual tokens"
-    num_audio = plan.clip_tokens - plan.layout.num_visual
+    num_text = len(plan.layout.timestamp_ids)
+    num_audio = plan.clip_tokens - plan.layout.num_visual - num_text
+    text = f"{num_text} text tokens, " if num_text else ""
+    sound = "with sound" if plan.family.hears else "without sound (this model hears nothing)"
     sentences = [
-        f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, with sound: "
-        f"{video}, {num_audio} audio tokens, {plan.clip_tokens} in total.",
+        f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, {sound}: "
+        f"{video}, {num_audio} audio tokens, {text}{plan.clip_tokens} in total.",
         f"A packed training sequence: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} "
         f"and {work.answers} answers of {work.answer_tokens} (assumed); clips per micro-batch: {work.clips}.",
     ]
     if work.cached_features:
-        feature_bytes = plan.clip_tokens * plan.decoder.width * plan.numbers.stored
+        feature_bytes = (plan.clip_tokens + plan.deep_tokens) * plan.decoder.width * plan.numbers.stored
         sentences.append(f"Feature cache: {feature_bytes / GIB:.2f} GiB per clip.")
     return "\n".join(sentences)
 

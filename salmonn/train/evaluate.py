@@ -245,7 +245,7 @@ def _estimate(clip: ClipSource, captioner: Captioner, *, may_fail: bool) -> tupl
     end = min(shape.seconds, clip.end_seconds or shape.seconds)
     seconds = max(0.0, end - (clip.start_seconds or 0.0))
     network = captioner.network
-    width, itemsize = network.lm.get_input_embeddings().weight.shape[1], network.dtype.itemsize
+    width, itemsize = network.feature_width, network.dtype.itemsize
     tokens = count_clip_tokens(captioner.processor.config, replace(shape, seconds=seconds), modality=clip.modality)
     # An opened file costs as much as a second of video, whose duration may be unknown.
     return 1 + shape.seconds, tokens * (width * itemsize + LAYOUT_BYTES_PER_TOKEN)

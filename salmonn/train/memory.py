@@ -116,9 +116,16 @@ def saved_by_stack(
     return tokens * (inputs + (stack.layers - checkpointed) * saved_per_layer(stack, numbers, tuning, rows=rows))
 
 
-def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
-    """Return the bytes of the clip features, of the text with them inserted, and of its copy during insertion."""
-    return 3 * tokens * stack.width * numbers.stored
+def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int, deep_tokens: int = 0) -> int:
+    """Return the bytes of the clip features, of the text with them inserted, and of its copy during insertion.
+
+    Args:
+        stack, numbers: sizes.
+        tokens: tokens of the sequence.
+        deep_tokens: deep features of the clip, N for each of the layers that add some; held in the clip's features and
+            in their concatenation.
+    """
+    return (3 * tokens + 2 * deep_tokens) * stack.width * numbers.stored
 
 
 def logits_bytes(vocabulary: int, numbers: NumberSizes, *, tokens: int) -> int:

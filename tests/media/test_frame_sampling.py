@@ -1,10 +1,14 @@
 """Frames that the published models sample, and their sizes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen3_vl import video_processing_qwen3_vl
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from salmonn.media.frame_sampling import FixedRateSampler, FrameOptions, UniformSampler
+from salmonn.media.frame_sampling import BudgetSampler, FixedRateSampler, FrameOptions, UniformSampler
 
 
 def published_fixed_rate(num_frames: int, rate: float, *, max_frames: int = 110) -> list[int]:
@@ -44,6 +48,43 @@ def test_sizes_are_those_of_qwens_processor(size, num_sampled):
     assert UniformSampler().frame_size(*size, num_sampled) == smart_resize(
         *size, factor=28, min_pixels=784, max_pixels=most
     )
+
+
+@pytest.mark.parametrize(("num_frames", "rate"), [*VIDEOS, (100, 10.0), (25, 29.97)])
+def test_qwen3_vl_samples_the_frames_of_transformers(num_frames, rate):
+    """The method of its video processor, which needs torchvision to be built."""
+    processor = SimpleNamespace(fps=2, min_frames=4, max_frames=768)
+    metadata = SimpleNamespace(total_num_frames=num_frames, fps=rate)
+    times = BudgetSampler().sample_times(5.0, num_frames / rate, num_frames)
+    published = Qwen3VLVideoProcessor.sample_frames(processor, metadata)
+    assert np.allclose((times - 5.0) * rate, published, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (1080, 1920), (96, 96), (20, 20), (480, 640), (333, 777), (24, 2000)])
+@pytest.mark.parametrize("num_sampled", [2, 4, 7, 20, 103, 767, 768])
+@pytest.mark.parametrize("capped", [True, False])
+def test_sizes_are_those_of_qwen3_vls_processor(size, num_sampled, capped):
+    """With the published pixel budget, and the limit of a frame's area that Qwen's own preprocessing has."""
+    most = 25_165_824
+    if capped:  # as `Qwen3VLVideoProcessor.resize` with cap_pixels_per_frame
+        most = num_sampled * max(min(768 * 32 * 32, most // num_sampled), int(4096 * 1.05))
+    sampler = BudgetSampler() if capped else BudgetSampler(frame_pixels=None)
+    assert sampler.frame_size(*size, num_sampled) == video_processing_qwen3_vl.smart_resize(
+        num_sampled, *size, factor=32, min_pixels=4096, max_pixels=most
+    )
+
+
+def test_options_of_qwen3_vl():
+    sampler = BudgetSampler()
+    assert sampler.with_options(FrameOptions(num_frames=3)).sample_times(0.0, 4.0, 41).tolist() == [
+        0,
+        80 / 41,
+        160 / 41,
+    ]
+    assert len(sampler.with_options(FrameOptions(frames_per_second=0.5)).sample_times(0.0, 4.0, 40)) == 2
+    assert sampler.with_options(FrameOptions(max_pixels=96 * 96)).frame_size(720, 720, 4) == (96, 96)
+    with pytest.raises(ValueError, match="max_pixels is 1023; the minimum of this model is 1024"):
+        sampler.with_options(FrameOptions(max_pixels=1023))
 
 
 def test_salmonn2_scales_to_squares():

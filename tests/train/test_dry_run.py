@@ -19,6 +19,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.train import memory as memory_plan
 from salmonn.train.dry_run import (
     RESERVE,
+    TEXT_TOKENS,
     ClipShape,
     MemoryEstimate,
     MemoryPlan,
@@ -27,6 +28,7 @@ from salmonn.train.dry_run import (
     clips_per_micro_batch,
     count_parameters,
     placeholder_inputs,
+    placeholder_layout,
     weights_bytes,
 )
 from salmonn.train.loop import FitConfig
@@ -35,8 +37,12 @@ from tests.launch import forked
 from tests.limits import RUN_SECONDS
 
 LORA = LoraConfig(rank=128, alpha=256)
-# From the model cards of Qwen2, Qwen2.5 and Qwen2.5-VL: decoder, vision tower with merger.
+# From the model cards of Qwen2, Qwen2.5 and Qwen2.5-VL: decoder, vision tower with merger. Of Qwen3-VL, the sum of both
+# is stated.
 PARAMETERS = {
+    "Qwen/Qwen3-VL-2B-Instruct": (1_720_574_976, 2_127_532_032 - 1_720_574_976),
+    "Qwen/Qwen3-VL-4B-Instruct": (4_022_468_096, 4_437_815_808 - 4_022_468_096),
+    "Qwen/Qwen3-VL-8B-Instruct": (8_190_735_360, 8_767_123_696 - 8_190_735_360),
     "tsinghua-ee/video-SALMONN-2": (7_615_616_512, None),
     "3B": (3_085_938_688, 668_684_288),
     "7B": (7_615_616_512, 676_550_144),
@@ -62,12 +68,13 @@ def test_parameters_of_the_published_models(model):
     num_vision = sum(value.numel() for value in network.vision.parameters())
     assert vision in (None, num_vision)
     norm = 2 * 1280 if config.family == "salmonn2" else 0
-    assert counts["audio encoder"].total == WHISPER_LARGE_ENCODER + norm
+    assert counts["audio encoder"].total == (WHISPER_LARGE_ENCODER + norm if get_family(config).hears else 0)
     # r (in + out) for queries, keys and values of each layer.
-    text = config.lm
+    text = config.lm.get("text_config") or config.lm
     width = text["hidden_size"]
-    narrow = width // text["num_attention_heads"] * text["num_key_value_heads"]
-    adapter = text["num_hidden_layers"] * 128 * (2 * width + 2 * (width + narrow))
+    head_width = text.get("head_dim") or width // text["num_attention_heads"]
+    wide, narrow = (head_width * text[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    adapter = text["num_hidden_layers"] * 128 * (width + wide + 2 * (width + narrow))
     assert counts["LoRA"].total == counts["LoRA"].trained == adapter
     assert sum(part.total for part in counts.values()) == sum(value.numel() for value in network.parameters())
 
@@ -111,15 +118,23 @@ def video_file(tmp_path_factory):
     return path, shape
 
 
-@pytest.mark.parametrize("model", ["tsinghua-ee/video-SALMONN-2", "tsinghua-ee/video-SALMONN2_plus_7B_full"])
+@pytest.mark.parametrize(
+    "model",
+    ["tsinghua-ee/video-SALMONN-2", "tsinghua-ee/video-SALMONN2_plus_7B_full", "Qwen/Qwen3-VL-8B-Instruct"],
+)
 def test_tokens_of_a_real_clip(video_file, processor, model):
     path, shape = video_file
     config = offline_config(model)
     real = Processor(processor.tokenizer, config=config)
     media, placeholder = real.read(path), placeholder_inputs(config, shape)
-    assert (media.num_frames, media.grid) == (placeholder.num_frames, placeholder.grid)
+    assert (media.num_frames, media.grid, media.times) == (
+        placeholder.num_frames, placeholder.grid, pytest.approx(media.times)
+    )  # fmt: skip
     assert media.pixels.shape == placeholder.pixels.shape and media.mel.shape == placeholder.mel.shape
-    assert torch.equal(real.make_layout(media).positions, get_family(config).layout(placeholder).positions)
+    texts = real.family.timestamps(media)
+    assert real.family.timestamps(placeholder) == texts
+    expected = real.family.layout(media, timestamp_ids=[[0] * len(TEXT_TOKENS.findall(text)) for text in texts])
+    assert torch.equal(expected.positions, placeholder_layout(config, placeholder).positions)
 
 
 def test_timestamp_tokens_are_counted():
@@ -142,10 +157,16 @@ def test_tokens_by_hand():
     """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 audio tokens. In 2+ 510 frames, two a step."""
     configs = {model: offline_config(model) for model in PUBLISHED_CONFIGS}
     tokens = {
-        model: len(get_family(config).layout(placeholder_inputs(config, ClipShape())))
+        model: len(placeholder_layout(config, placeholder_inputs(config, ClipShape())))
         for model, config in configs.items()
     }
     assert tokens.pop("tsinghua-ee/video-SALMONN-2") == 51 * (13 * 14 + 3)
+    # 102 frames of at most 25,165,824 / 102 pixels: 51 steps of 20 x 11 squares of 32, each with its time, such as
+    # "<0.2 seconds>" or "<10.2 seconds>", and two markers.
+    times = [number - 0.5 + 0.25 for number in range(1, 52)]
+    text = sum(len("<0.2>") + len(["seconds"]) + 2 + (time > 10) for time in times)
+    for size in ("2B", "4B", "8B"):
+        assert tokens.pop(f"Qwen/Qwen3-VL-{size}-Instruct") == 51 * 20 * 11 + text
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
     name = "tsinghua-ee/video-SALMONN2_plus_7B_full"

@@ -75,6 +75,7 @@ class Family(ABC):
         placeholder_tokens: tokens that stand for visual and audio tokens in the text, unless their ids are negative.
         config_parts: sections that a saved config.json must have.
         ignored_weights: patterns of weights in published checkpoints that belong to parts without influence on text.
+        hears: whether the model takes audio.
         penalizes_prompt: whether the repetition penalty covers the prompt, or the answer alone.
         has_published_positions: whether `layout` can number positions as the published inference code does.
     """
@@ -91,6 +92,7 @@ class Family(ABC):
     placeholder_tokens: ClassVar[tuple[str, str]] = (VIDEO_PAD, AUDIO_PAD)
     config_parts: ClassVar[tuple[str, ...]] = ("lm", "whisper", "qformer")
     ignored_weights: ClassVar[tuple[str, ...]] = ()
+    hears: ClassVar[bool] = True
     penalizes_prompt: ClassVar[bool] = False
     has_published_positions: ClassVar[bool] = False
 
@@ -114,12 +116,22 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module, Any]:
-        """Build vision tower, audio tower and language model, whose width both towers output, with fresh weights.
+    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module | None, Any]:
+        """Build vision tower, audio tower (None if the model does not hear) and language model, with fresh weights.
+
+        Both towers output the language model's width D; the vision tower (1 + K) D, see `num_deep_layers`.
 
         Args:
             attn_implementation: attention of the towers, as transformers names it.
         """
+
+    @property
+    def num_deep_layers(self) -> int:
+        """Number K of the decoder's first layers after which features of the vision tower are added (DeepStack).
+
+        The decoder takes them as `visual_pos_masks` and `deepstack_visual_embeds`, as those of transformers do.
+        """
+        return 0
 
     # From a clip to model inputs
 
