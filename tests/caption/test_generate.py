@@ -388,7 +388,7 @@ def test_chunked_prefill_equals_one_pass(request, videos, monkeypatch, model):
     two_clips = int(inputs.attention_mask[:2].sum()) + 30
     passes = []
     decode = network._run_decoder
-    monkeypatch.setattr(network, "_run_decoder", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
+    monkeypatch.setattr(network, "_run_decoder", lambda *args: passes.append(args[0].embeds.shape[:2]) or decode(*args))
     answers, num_prefills = [], []
     for chunk_tokens in (10**6, two_clips, 1):
         monkeypatch.setattr(network, "prefill_chunk_tokens", chunk_tokens)
