@@ -3,6 +3,7 @@
 import logging
 import math
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -375,7 +376,7 @@ def _speed_metrics(micro_batches: Sequence[Batch], *, seconds: float, waited: fl
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "tokens_per_second": tokens / seconds,
         "memory_gib": memory / (1 << 30),

@@ -24,7 +24,8 @@ from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, req
 from salmonn.train.feature_cache import FeatureCacheConfig
 from salmonn.train.parallel import StrategyName
 from salmonn.train.run_log import ROUNDING_NAME
-from salmonn.train.run_steps import Step, open_steps
+from salmonn.train.run_steps import Step, flat_settings, open_steps
+from salmonn.train.trackers import TrackerName, require_tracker, start_tracker
 
 log = logging.getLogger(__name__)
 Record = TypeVar("Record")
@@ -47,6 +48,7 @@ class RunConfig:
         redo_from: step, such as round_2/pairs, from which a resumed run makes results again where their settings have
             changed; results of earlier steps are kept with the settings that they were made with.
         deterministic: on a GPU, use algorithms that give the same result each time, where PyTorch has them; slower.
+        report_to: experiment tracker that gets the metrics besides TensorBoard; may change when a run is resumed.
         dry_run: print the memory that the run would need, and exit.
     """
 
@@ -61,12 +63,15 @@ class RunConfig:
     max_failures: int = field(default=0, metadata=MAY_CHANGE)
     redo_from: str | None = field(default=None, metadata=MAY_CHANGE)
     deterministic: bool = field(default=False, metadata=MAY_CHANGE)
+    report_to: TrackerName | None = field(default=None, metadata=MAY_CHANGE)
     dry_run: bool = field(default=False, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         self.placement.require_trainable()
         if self.max_failures < 0:
             raise ValueError(f"max_failures must be at least 0, got {self.max_failures}")
+        if self.report_to:
+            require_tracker(self.report_to)
 
     def load_model(self, path: Path | str) -> Captioner:
         """Load a model with this run's placement and frame sampler."""
@@ -88,6 +93,8 @@ def open_run(config: RunConfig, steps: Sequence[Step], *, name: str) -> None:
     if dist.is_main():
         open_steps(folder, steps, redo_from=config.redo_from)
         write_config(folder, config, name=name)
+        if config.report_to:
+            start_tracker(config.report_to, folder, flat_settings(config))
         # Other runs may have their folders inside this one, so only this run's stages are searched.
         stages = (path for name in ("sft", "round_*", "rebirth") for path in folder.glob(name))
         temporary = {*folder.glob(".*.tmp"), *(path for stage in stages for path in stage.rglob(".*.tmp"))}

@@ -16,6 +16,7 @@ from rich.table import Table
 from salmonn.preference.selection import PairSummary, summarize_pairs
 from salmonn.records import Comparison, parse_record, read_json, read_records, write_text
 from salmonn.score.metrics import Rates
+from salmonn.train import trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -171,13 +172,14 @@ def format_figure(column: str, value: float | None) -> str:
 
 
 class StepLog:
-    """Metrics of each step, in steps.jsonl and in TensorBoard events beside it; only rank 0 creates one.
+    """Metrics of each step, in steps.jsonl, in TensorBoard events beside it and in a tracker; only rank 0 creates one.
 
     Opening the log drops what a killed run wrote for this step and later ones, since these steps are repeated: from the
     file at once, from TensorBoard by a purge mark that its reader obeys.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
+        self._folder = folder
         path = folder / STEPS_NAME
         finished = [figures for figures in read_steps(path) if figures["step"] < first_step]
         write_text(path, "".join(json.dumps(figures) + "\n" for figures in finished))
@@ -191,6 +193,7 @@ class StepLog:
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        trackers.report(self._folder, figures, step=step)
 
     def close(self) -> None:
         """Close both files."""
@@ -208,10 +211,10 @@ def open_events(folder: Path, *, first_step: int) -> "SummaryWriter":
 def log_summary(folder: Path, summary: RunSummary) -> None:
     """Write the rates of all stages: a line each to rounds.jsonl, and to TensorBoard with the stage's number as step.
 
-    Rates are fractions, KL is in nats per token, the number of SFT is 0. A stage that was merged into 16-bit weights
-    has "rounding": how much of its update remained. With a reward model, "proxy" is the reward of the stage's held-out
-    captions above the start's, in standard deviations. Earlier contents are replaced or become void, so this may be
-    called after every stage.
+    Those of the newest stage go to the run's tracker, too. Rates are fractions, KL is in nats per token, the number of
+    SFT is 0. A stage that was merged into 16-bit weights has "rounding": how much of its update remained. With a reward
+    model, "proxy" is the reward of the stage's held-out captions above the start's, in standard deviations. Earlier
+    contents are replaced or become void, so this may be called after every stage.
     """
     lines: list[dict[str, Any]] = []
     for name, rates in summary.stages.items():
@@ -228,6 +231,9 @@ def log_summary(folder: Path, summary: RunSummary) -> None:
                     events.add_scalar(title, value, number)
         for number, reward in enumerate(summary.proxy.values()):
             events.add_scalar("Reward of the reward model", reward, number)
+    newest = len(summary.stages) - 1
+    known = {title: value for title, value in [*summary.figures.values()][newest].items() if value is not None}
+    trackers.report(folder / "heldout", known, step=newest)
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:
