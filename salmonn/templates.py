@@ -1,4 +1,4 @@
-"""HTML templates in Jinja, with all values escaped and undefined names as errors."""
+"""Templates in Jinja, with undefined names as errors; in all but Markdown (.md.jinja), values are escaped for HTML."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ def load_template(path: Path, **filters: Callable[..., Any]) -> jinja2.Template:
     """Load a template from a file, with the filters that it uses by name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
-        autoescape=True,  # captions and events may contain any text
+        autoescape=not path.name.endswith(".md.jinja"),  # captions and events may contain any text
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -73,6 +73,7 @@ ELSEWHERE = {
     "torchrun recipes/reward.py": "tests/recipes/test_reward.py",
     "torchrun recipes/mrdpo.py --reward.kind model": "tests/recipes/test_reward.py",
     "salmonn export run/round_1": "tests/preference/test_export.py",
+    "salmonn push": "tests/test_push_cli.py",
     "salmonn reward captions.jsonl": "tests/test_reward_cli.py",
     ".venv/bin/salmonn score predictions.json": "tests/test_score_cli.py",  # a judge that answers as the published one
 }

@@ -1,5 +1,6 @@
 """The package: its data files, its license, and a wheel that contains all of them."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -43,3 +44,12 @@ def test_wheel_contains_all_files(tmp_path):
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "salmonn").rglob("*.py")}
     assert code | {f"salmonn/{name}" for name in DATA} <= names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
+def test_docker_image(tmp_path):
+    tag = "salmonn-test"
+    subprocess.run(["docker", "build", "--tag", tag, str(ROOT)], check=True, timeout=RUN_SECONDS)
+    command = ["docker", "run", "--rm", tag, "--version"]
+    assert "salmonn" in subprocess.run(command, check=True, capture_output=True, text=True, timeout=RUN_SECONDS).stdout

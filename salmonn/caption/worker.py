@@ -104,7 +104,8 @@ class Worker:
             process_group=0,  # Ctrl-C is for the parent, which then ends its workers
         )
         assert self._process.stdout is not None
-        with suppress(OSError):  # the pipe memory of a user is limited; a small pipe is only slower
+        # The pipe memory of a user is limited, and macOS has no such call; a small pipe is only slower.
+        with suppress(OSError, AttributeError):
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._killed_at = 0.0
         self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
@@ -219,7 +220,8 @@ class Worker:
 def serve(limits: WorkerLimits) -> None:
     """Run a worker: take jobs from stdin and write replies to stdout, until the parent process is gone."""
     memory = int(limits.memory_gib * (1 << 30))
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    if sys.platform != "darwin":  # which does not enforce it
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even in the middle of native code
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a parent that is gone is no error
     replies = os.fdopen(os.dup(1), "wb", PIPE_BYTES)

@@ -21,6 +21,7 @@ from salmonn.cli.caption_options import caption_parser
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.options import WRONG_USAGE
+from salmonn.cli.push import push_parser, run_push
 from salmonn.cli.reward import reward_parser, run_reward
 from salmonn.cli.reward_benchmark import benchmark_parser, run_benchmark
 from salmonn.cli.score import (
@@ -134,6 +135,7 @@ COMMANDS: dict[str, Command] = {
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
     "votes": (votes_parser, run_votes, "report on people's feedback, export it, or delete that of one person"),
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
+    "push": (push_parser, run_push, "upload a trained model or adapter to the Hugging Face hub"),
     "serve": (serve_parser, run_serve, "start an HTTP server with an OpenAI-compatible API"),
     "synth": (synth_parser, run_synth, "render synthetic clips whose events are known exactly"),
     "completion": (completion_parser, run_completion, "print a script that completes commands in bash or zsh"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salmonn.model.attention import AttentionBackend, PackedAttention, PrefillAttention, use_packed_attention
@@ -324,3 +324,6 @@ class Network(PreTrainedModel):
     def _logps_of_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self._logits(hidden)
         return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+AutoModel.register(SalmonnConfig, Network)

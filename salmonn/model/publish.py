@@ -1,0 +1,139 @@
+"""Model folders as others load them: the published layout of a family, and transformers' Auto classes.
+
+Published checkpoints have other names of weights than `Network`. They are not inverted from `Family.weight_names`, but
+looked up: each weight of the base checkpoint, under its published name, gets the value that the trained model has for
+it. So a trained model in the published layout has exactly the files that code for the base model reads.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import cached_file
+
+from salmonn.model.families import get_family
+from salmonn.model.loading import CONFIG_NAME, load_config
+from salmonn.records import read_json, write_json
+
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+SHARD_SIZE = "5GB"
+# Small files of a checkpoint that code for it reads besides the weights.
+COPIED_NAMES = (
+    CONFIG_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+MODELING_NAME = "modeling_salmonn.py"
+MODELING_CODE = '''"""Loads this model with transformers; needs the package salmonn."""
+
+from salmonn.model.config import SalmonnConfig
+from salmonn.model.network import Network
+
+__all__ = ["Network", "SalmonnConfig"]
+'''
+
+
+def write_own_layout(model: Path, folder: Path) -> None:
+    """Copy a saved model, and let `AutoModel.from_pretrained(..., trust_remote_code=True)` load it.
+
+    Args:
+        model: folder of a saved model.
+        folder: empty folder.
+    """
+    for file in sorted(model.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    (folder / MODELING_NAME).write_text(MODELING_CODE, encoding="utf-8")
+    classes = {"AutoConfig": "modeling_salmonn.SalmonnConfig", "AutoModel": "modeling_salmonn.Network"}
+    write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME) | {"auto_map": classes})
+
+
+def write_published_layout(model: Path, folder: Path, *, base: str) -> None:
+    """Write a saved model with the names of weights and the small files of its base checkpoint.
+
+    Args:
+        model: folder of a saved model.
+        folder: empty folder.
+        base: folder or hub id of the published checkpoint that it was trained from.
+
+    Raises:
+        ValueError: the base has another family or other sizes, or its files cannot be read.
+    """
+    ours, theirs = load_config(model), load_config(base)
+    if ours.family != theirs.family:
+        raise ValueError(
+            f"{model} was not trained from {base}: it is a {ours.family} model and not a {theirs.family} one; pass the "
+            "checkpoint that training started from as --base"
+        )
+    tensors = {name: tensor for path in sorted(model.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    published, used = dict[str, Tensor](), set[str]()
+    for name, tensor in _read_base(base):
+        own = _own_name(name, get_family(ours).weight_names)
+        if own in tensors and tensors[own].shape != tensor.shape:
+            raise ValueError(
+                f"{model} was not trained from {base}: {name} has shape {tuple(tensor.shape)} there and "
+                f"{tuple(tensors[own].shape)} here; pass the checkpoint that training started from as --base"
+            )
+        # A weight that the network lacks has no influence on captions, such as that of a part which is not used.
+        published[name] = tensors.get(own, tensor)
+        used.add(own)
+    if missing := sorted(tensors.keys() - used):
+        raise ValueError(f"{base} has no weights {', '.join(missing[:8])}, which {model} has; pass its own base")
+    _save_shards(published, folder)
+    for name in COPIED_NAMES:
+        if file := cached_file(base, name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(file, folder / name)
+
+
+def write_adapter(adapter: Path, folder: Path, *, base: str) -> None:
+    """Write a saved adapter with the names of weights of published adapters, for a base checkpoint.
+
+    Args:
+        adapter: PEFT folder of a round.
+        folder: empty folder.
+        base: folder or hub id of the model that it belongs to.
+    """
+    own = f"base_model.model.{get_family(load_config(base)).decoder_prefix}"
+    tensors = load_file(adapter / ADAPTER_WEIGHTS_NAME)
+    renamed = {name.replace(own, "base_model.model.model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed, str(folder / ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
+    write_json(
+        folder / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": base}
+    )
+
+
+def _own_name(name: str, weight_names: Mapping[str, str]) -> str:
+    for pattern, replacement in weight_names.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _read_base(base: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a folder, or of a checkpoint on the hub, by their names."""
+    try:
+        index = cached_file(base, INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        shards = sorted(set(read_json(Path(index))["weight_map"].values())) if index else [WEIGHTS_NAME]
+        files = [str(cached_file(base, shard)) for shard in shards]
+    except OSError as error:
+        raise ValueError(f"the weights of {base} cannot be read: {error}") from error
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, tensors.get_tensor(name)
+
+
+def _save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, str(folder / file), metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
