@@ -13,7 +13,7 @@ import shutil
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -26,6 +26,7 @@ from salmonn.speech import Dialogue
 EventModality = Literal["visual", "audio", "speech"]
 Modality = Literal["both", "visual", "audio"]
 FailureStage = Literal["read", "caption", "write"]
+LengthStatus = Literal["ok", "asked_again", "cut", "too_short", "too_long"]
 Record = TypeVar("Record")
 
 
@@ -107,6 +108,34 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Shaping:
+    """How a caption got the requested shape.
+
+    Args:
+        length: whether the number of words is in the range: "ok"; "asked_again" if only a later answer was; "cut" if
+            an answer was cut at the end of a sentence; "too_short" or "too_long" if no answer was, or could be cut.
+            None if no range was requested.
+        missing_words: words to include that the caption does not have.
+        unwanted_words: words to avoid that the caption has.
+        num_answers: number of answers, the first included.
+        language: language that was requested; None if none was. The answer is not checked.
+        draft: caption of the first stage, which the caption was made from; None without a second stage.
+    """
+
+    length: LengthStatus | None = None
+    missing_words: tuple[str, ...] = ()
+    unwanted_words: tuple[str, ...] = ()
+    num_answers: int = 1
+    language: str | None = None
+    draft: str | None = None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the caption has the requested length and words."""
+        return self.length not in ("too_short", "too_long") and not (self.missing_words or self.unwanted_words)
+
+
+@dataclass(frozen=True)
 class Caption:
     """Answer of a model to a prompt about a video.
 
@@ -129,6 +158,8 @@ class Caption:
         logprob: natural logarithm of the answer's probability under the model: the sum over its tokens, the end token
             included; None if not recorded.
         num_tokens: number of these tokens; None if not recorded.
+        captions: where the video was captioned with several named prompts, the text for each; `text` is the first.
+        shaping: how a requested length or requested words were met, by name of the prompt ("caption" if there is one).
     """
 
     video: str
@@ -149,6 +180,8 @@ class Caption:
     warnings: tuple[str, ...] = ()
     logprob: float | None = None
     num_tokens: int | None = None
+    captions: dict[str, str] = field(default_factory=dict, hash=False)
+    shaping: dict[str, Shaping] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

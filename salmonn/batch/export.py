@@ -23,7 +23,7 @@ import numpy as np
 
 from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.records import Caption, Failure, Modality, parse_record, temporary_path
+from salmonn.records import Caption, Failure, Modality, Shaping, parse_record, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def export_table(captions: LatestCaptions, out: Path) -> None:
     if out.resolve() in {path.resolve() for path in captions.paths}:
         raise ValueError(f"{out} is one of the captions files themselves; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic_file(out) as temporary:
+    with atomic_file(out) as temporary:
         TABLES[out.suffix](captions, temporary)
 
 
@@ -167,12 +167,20 @@ def export_subtitles(captions: LatestCaptions, subtitles: SubtitleWriter) -> tup
     return num_videos, failures
 
 
+def _to_row(caption: Caption) -> dict[str, Any]:
+    """Return the columns of a table; mappings by name of the prompt become JSON, or "" if they are empty."""
+    row = asdict(caption)
+    return row | {
+        name: json.dumps(row[name], ensure_ascii=False) if row[name] else "" for name in ("captions", "shaping")
+    }
+
+
 def _write_csv(captions: LatestCaptions, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for caption in captions:
-            writer.writerow(asdict(caption) | {"warnings": "\n".join(caption.warnings)})
+            writer.writerow(_to_row(caption) | {"warnings": "\n".join(caption.warnings)})
 
 
 def _write_jsonl(captions: LatestCaptions, path: Path) -> None:
@@ -194,9 +202,11 @@ def _write_parquet(captions: LatestCaptions, path: Path) -> None:
         float | None: pyarrow.float64(),
         Modality | None: pyarrow.string(),
         tuple[str, ...]: pyarrow.list_(pyarrow.string()),
+        dict[str, str]: pyarrow.string(),
+        dict[str, Shaping]: pyarrow.string(),
     }
     schema = pyarrow.schema([(field.name, types[field.type]) for field in fields(Caption)])
-    rows = map(asdict, captions)
+    rows = map(_to_row, captions)
     with parquet.ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, ROW_GROUP_SIZE)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
@@ -210,7 +220,7 @@ TABLES: dict[str, Callable[[LatestCaptions, Path], None]] = {
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Provide a temporary file that is renamed to `path` on success."""
     temporary = temporary_path(path)
     try:

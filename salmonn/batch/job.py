@@ -23,6 +23,7 @@ from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
+from salmonn.caption.shape import Shape
 from salmonn.records import Caption, Failure
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ class JobConfig:
         max_new_tokens: token limit of a caption, in place of the one in the request; None: the model's default.
         segment_seconds: see `Captioner.caption_batches`.
         batch_size: clips per batch; None: the model's default.
+        shape: shape of the captions; None for the answers as they are.
     """
 
     request: CaptionRequest
     max_new_tokens: int | None = None
     segment_seconds: float | None = None
     batch_size: int | None = None
+    shape: Shape | None = None
 
     def __post_init__(self) -> None:
         if self.segment_seconds is not None and not self.segment_seconds > 0:
@@ -85,6 +88,7 @@ class RunStats:
     Args:
         captions: captions written.
         incomplete: those of them whose video, or segment, could not be read completely.
+        misshapen: those of them without the requested length or words.
         videos: videos finished, with or without success.
         failed: videos that failed, at least in part: a segment or a subtitle file counts, too.
         done_before, failed_before: videos skipped because an earlier run finished them; the latter with a failure.
@@ -92,6 +96,7 @@ class RunStats:
 
     captions: int = 0
     incomplete: int = 0
+    misshapen: int = 0
     videos: int = 0
     failed: int = 0
     done_before: int = 0
@@ -122,7 +127,11 @@ def caption_videos(
             yield replace(config.request, path=Path(video.path), sampling=sampling, seed=seed)
 
     batches = captioner.caption_batches(
-        requests(), segment_seconds=config.segment_seconds, batch_size=config.batch_size, reader=reader
+        requests(),
+        segment_seconds=config.segment_seconds,
+        batch_size=config.batch_size,
+        reader=reader,
+        shape=config.shape,
     )
     for batch in batches:
         for done in batch:
@@ -225,6 +234,7 @@ class CaptionJob:
         self._fail(failures)
         self.stats.captions += len(captions)
         self.stats.incomplete += sum(not caption.complete for caption in captions)
+        self.stats.misshapen += sum(any(not s.is_met for s in caption.shaping.values()) for caption in captions)
         self.stats.failed += bool(failures or unwritten)
         self.stats.videos += 1
         self._streak.add(result.index, None if captions else failures[0].reason)

@@ -1,8 +1,9 @@
 """Write `.txt`, `.srt` and `.vtt` files beside each video, for players and editors.
 
 `film.mp4` gets `film.srt`. If two files of a folder share a stem, the first by name (video before audio) gets that, and
-each other one keeps its suffix: `film.mov.srt`. An existing file is overwritten only as long as it is exactly as this
-tool wrote it: a user's own subtitles, or a file that somebody corrected, stay as they are and are reported as failures.
+each other one keeps its suffix: `film.mov.srt`. Captions of several named prompts go to a file each: `film.short.srt`.
+An existing file is overwritten only as long as it is exactly as this tool wrote it: a user's own subtitles, or a file
+that somebody corrected, stay as they are and are reported as failures.
 """
 
 import errno
@@ -10,8 +11,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -95,7 +97,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
         self._worker = None
 
     def write(self, captions: Sequence[Caption], *, only_missing: bool = False) -> list[Failure]:
-        """Write the subtitle files of a video.
+        """Write the subtitle files of a video, one for each named prompt if there are several.
 
         Args:
             captions: captions of the video in order of time.
@@ -108,12 +110,13 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
             LedgerError: the disk takes nothing more.
         """
         failures = []
-        for name in self._formats:
-            path = self.path_of(captions[0].video, name)
+        for prompt, name in product(captions[0].captions or [None], self._formats):
+            path = self.path_of(captions[0].video, name if prompt is None else f"{prompt}.{name}")
             if only_missing and os.path.exists(path):  # noqa: PTH110 - False for a name that is too long
                 continue
+            texts = captions if prompt is None else [replace(one, text=one.captions[prompt]) for one in captions]
             try:
-                self._write(path, format_text(captions, name, seconds_of=self._measured_seconds), captions[0])
+                self._write(path, format_text(texts, name, seconds_of=self._measured_seconds), captions[0])
                 continue
             except ClipError as error:
                 reason = str(error)

@@ -3,7 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,9 @@ from salmonn.caption.generator import (
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt, StopStrings
+from salmonn.caption.shape import Shape, shape_captions
 from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
+from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
@@ -62,6 +64,14 @@ class SegmentResult:
     index: int
     num_segments: int
     result: Caption | Failure
+
+
+@dataclass(frozen=True)
+class _TimedInputs:
+    """The inputs of a clip, and its length in seconds."""
+
+    inputs: ClipInputs
+    seconds: float
 
 
 class Captioner:
@@ -232,7 +242,12 @@ class Captioner:
         ]
 
     def caption_many(
-        self, requests: Iterable[CaptionRequest], *, batch_size: int | None = None, reader: ClipReader | None = None
+        self,
+        requests: Iterable[CaptionRequest],
+        *,
+        batch_size: int | None = None,
+        reader: ClipReader | None = None,
+        shape: Shape | None = None,
     ) -> Iterator[Caption | Failure]:
         """Caption many videos in batches of similar length, in the order of the requests.
 
@@ -242,10 +257,11 @@ class Captioner:
             requests: requests with one sample each.
             batch_size: maximum number of clips to decode together (default: the model's).
             reader: reader that decodes files ahead of the model (default: a thread of this process).
+            shape: shape of the captions; questions that are asked again do not read the file again.
         """
         results: dict[int, Caption | Failure] = {}
         num_yielded = 0
-        for batch in self.caption_batches(requests, batch_size=batch_size, reader=reader):
+        for batch in self.caption_batches(requests, batch_size=batch_size, reader=reader, shape=shape):
             results |= {one.index: one.result for one in batch}
             while num_yielded in results:
                 yield results.pop(num_yielded)
@@ -258,13 +274,14 @@ class Captioner:
         segment_seconds: float | None = None,
         batch_size: int | None = None,
         reader: ClipReader | None = None,
+        shape: Shape | None = None,
     ) -> Iterator[list[SegmentResult]]:
         """Like `caption_many`, for any number of requests, which are taken a few batches ahead.
 
         Args:
             requests: requests with one sample each, possibly endless.
             segment_seconds: length of the segments to caption separately; infinite is one segment with a known end.
-            batch_size, reader: see `caption_many`.
+            batch_size, reader, shape: see `caption_many`.
 
         Yields:
             The results of each batch, in the order of reading.
@@ -285,15 +302,24 @@ class Captioner:
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
             batches = reader.batches(
-                jobs(), size=batch_size, finish=self.processor.clip_inputs, segment_seconds=segment_seconds
+                jobs(), size=batch_size, finish=self._timed_inputs, segment_seconds=segment_seconds
             )
             for batch in batches:
-                yield self._caption_jobs(batch)
+                yield self._caption_jobs(batch, shape=shape)
 
-    def _caption_jobs(self, batch: Sequence[ReadResult[ClipInputs]]) -> list[SegmentResult]:
+    def _timed_inputs(self, clip: Clip) -> _TimedInputs:
+        return _TimedInputs(self.processor.clip_inputs(clip), clip.duration_seconds)
+
+    def _caption_jobs(
+        self, batch: Sequence[ReadResult[_TimedInputs]], *, shape: Shape | None = None
+    ) -> list[SegmentResult]:
         """Caption the clips of a batch that could be read."""
         readable = [(job.request, clip) for job, clip in batch if not isinstance(clip, ValueError)]
-        captions = iter(self._generate_or_error([request for request, _ in readable], [clip for _, clip in readable]))
+        requests, inputs = [request for request, _ in readable], [clip.inputs for _, clip in readable]
+        if shape is None:
+            captions = iter(self._generate_or_error(requests, inputs))
+        else:
+            captions = iter(self._shape_clips(requests, [clip for _, clip in readable], shape))
         results: list[Caption | Failure] = []
         for job, clip in batch:
             if isinstance(clip, ValueError):
@@ -308,8 +334,38 @@ class Captioner:
             SegmentResult(job.index, job.num_segments, result) for (job, _), result in zip(batch, results, strict=True)
         ]
 
+    def _shape_clips(
+        self, requests: Sequence[CaptionRequest], clips: Sequence[_TimedInputs], shape: Shape
+    ) -> list[Caption | str]:
+        """Return captions in a shape, or error messages; the encoders run once for all questions about a clip."""
+        held: Sequence[ClipInputs | ClipFeatures] = [clip.inputs for clip in clips]
+        if shape.may_ask_again:
+            # Clips that do not fit into memory together are encoded with each question, one by one.
+            with suppress(torch.OutOfMemoryError):
+                held = self.encode([clip.inputs for clip in clips])
+
+        def answer(asked: Sequence[tuple[int, CaptionRequest]]) -> list[Caption | str]:
+            errors = [self._prompt_error(request) for _, request in asked]
+            usable = [one for one, error in zip(asked, errors, strict=True) if error is None]
+            answers = iter(self._generate_or_error([one for _, one in usable], [held[index] for index, _ in usable]))
+            return [next(answers) if error is None else error for error in errors]
+
+        prompts = [self.resolve_prompt(request).text for request in requests]
+        asked = [replace(request, prompt=prompt) for request, prompt in zip(requests, prompts, strict=True)]
+        return shape_captions(
+            shape, [(one, clip.seconds) for one, clip in zip(asked, clips, strict=True)], answer=answer
+        )
+
+    def _prompt_error(self, request: CaptionRequest) -> str | None:
+        """Return what is wrong with a prompt, whose fields may hold any text."""
+        try:
+            self.processor.check_prompt(self.resolve_prompt(request))
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _generate_or_error(
-        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs]
+        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs | ClipFeatures]
     ) -> list[Caption | str]:
         """Return captions or error messages; clips that do not fit into memory together are retried one by one."""
         try:

@@ -100,6 +100,7 @@ def _print_captions(captions: Sequence[Caption]) -> None:
 
 def _caption(values: Namespace, *, to_stdout: bool) -> int:
     """Run this process's share; return the number of videos without a caption, or with a failed part."""
+    from salmonn.batch.dataset import write_dataset
     from salmonn.batch.export import TABLES, LatestCaptions, export_table
     from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles
@@ -111,6 +112,7 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
     ledger = _open_ledger(values, files)
     config, limits = job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
     with ledger, ExitStack() as stack:
+        dataset = _open_dataset(values, files)
         _report_state(ledger)
         subtitles = None
         if formats := [name for name in SUBTITLE_FORMATS if name in values.export]:
@@ -140,10 +142,25 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
                 export_table(latest, files.captions.with_suffix(suffix))
                 if not values.quiet:
                     sys.stderr.write(f"wrote {files.captions.with_suffix(suffix)}\n")
+        if dataset:
+            num_written = write_dataset(files, values.dataset_layout, dataset)
+            if not values.quiet:
+                sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset}\n")
     if not values.quiet:
         _report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
         _report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before
+
+
+def _open_dataset(values: Namespace, files: "LedgerFiles") -> Path | None:
+    """Return the path of the dataset file, if one is to be written; raises a ValueError if it may not be."""
+    from salmonn.batch.dataset import check_dataset, shard_path
+
+    if values.dataset_layout is None:
+        return None
+    path = shard_path(Path(values.dataset_layout.file), files.shard)
+    check_dataset(path, files, replace=values.replace_subtitles)
+    return path
 
 
 def _run(
@@ -259,6 +276,8 @@ def _report_results(stats: "RunStats", out: str, speed: str, *, may_export: Sequ
         sys.stderr.write(("" if may_export else "nothing to do: ") + "no videos left to caption\n")
     if stats.incomplete:
         sys.stderr.write(f"{plural(stats.incomplete, 'caption')} of damaged or truncated files (complete: false)\n")
+    if stats.misshapen:
+        sys.stderr.write(f"{plural(stats.misshapen, 'caption')} without the requested length or words (see shaping)\n")
 
 
 def _report_skipped(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", stream: TextIO) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from jsonargparse import Namespace
 
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.caption.presets import ExportFormat
 from salmonn.cli.options import add_model_options, add_subtitle_options
+from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
 from salmonn.config import FlagParser
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Modality
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
     "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
-    "dtype", "bits", "reader", "frames",
+    "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS,
 )  # fmt: skip
 STDOUT = "-"
 TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
@@ -36,6 +38,7 @@ def caption_parser() -> FlagParser:
     )
     _add_input_options(parser)
     _add_generation_options(parser)
+    add_shape_options(parser)
     _add_output_options(parser)
     _add_processing_options(parser)
     add_model_options(parser)
@@ -60,7 +63,7 @@ def _add_generation_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Prompt and sampling")
     group.add_argument("--prompt", type=str | None, default=None, help="question (default: ask for a full description)")
     modalities = "what the model is given: " + ", ".join(get_args(Modality))
-    group.add_argument("--modality", type=Modality, default="both", help=modalities)
+    group.add_argument("--modality", type=Modality | None, default=None, help=f"{modalities} (default: both)")
     group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")
     group.add_argument("--end", type=float | None, default=None, help="end of the part to caption, in seconds")
     group.add_argument(
@@ -80,14 +83,12 @@ def _add_generation_options(parser: FlagParser) -> None:
 
 
 def _add_output_options(parser: FlagParser) -> None:
-    formats = Literal["csv", "parquet", "txt", "srt", "vtt"]
     group = parser.add_argument_group("Output")
     outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl beside it; -: stdout"
     group.add_argument("--out", type=Path, required=True, help=outs)
-    group.add_argument(
-        "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
-        "txt, srt, vtt: a file beside each video, written with its caption"
-    )  # fmt: skip
+    exports = "csv, parquet: a table beside --out, written at the end; "
+    exports += "txt, srt, vtt: a file beside each video, written with its caption"
+    group.add_argument("--export", nargs="+", type=ExportFormat, default=[], help=exports)
     add_subtitle_options(group)
     group.add_argument(
         "--lines_per_file", type=int | None, default=None, help="split the output: captions.00001.jsonl, ..."
@@ -114,6 +115,7 @@ def check_options(values: Namespace) -> None:
     """Raise a ValueError for values that make no sense, and complete those that follow from others."""
     from salmonn.batch.discovery import Shard, VideoListing
 
+    resolve_shape(values)
     if str(values.out) == STDOUT:
         needs_file = {"--retry-failed": values.retry_failed, "--lines-per-file": values.lines_per_file}
         needs_file |= {f"--export {name}": name in values.export for name in ("csv", "parquet")}
@@ -166,4 +168,5 @@ def job_config(values: Namespace) -> "JobConfig":
         max_new_tokens=values.max_new_tokens,
         segment_seconds=math.inf if needs_ends and values.segment_seconds is None else values.segment_seconds,
         batch_size=values.batch_size,
+        shape=values.shape,
     )

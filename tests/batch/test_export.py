@@ -14,7 +14,7 @@ import pytest
 from salmonn.batch.export import LatestCaptions, export_subtitles, export_table
 from salmonn.batch.ledger_files import LedgerError, append_records
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.records import Caption, read_records
+from salmonn.records import Caption, Shaping, read_records
 from tests.launch import forked
 
 ODD = 'Two "lines",\nof text; 漢字 & <b>'
@@ -37,7 +37,8 @@ def segments(video, text, *starts, size=5) -> list[Caption]:
 def ledger(tmp_path):
     """Captions of three videos; b changed and has fewer segments since, c was retried."""
     path = tmp_path / "captions.jsonl"
-    append_records(path, [caption("a.mp4", ODD)])
+    named = dict(captions={"short": ODD, "long": "Ä."}, shaping={"short": Shaping("cut", unwanted_words=("x",))})
+    append_records(path, [replace(caption("a.mp4", ODD), **named)])
     append_records(path, segments("b.mp4", "old", 0.0, 2.0, 4.0))
     append_records(path, [caption("c.mp4", "first", start=0.0, end=2.0)])
     append_records(path, segments("b.mp4", "new", 0.0, 2.0, size=6))
@@ -75,19 +76,26 @@ def test_tables(ledger, tmp_path):
     for name in ("all.csv", "all.parquet", "new/all.jsonl"):
         export_table(latest, tmp_path / name)
     rows = pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pylist()
-    assert [row | {"warnings": tuple(row["warnings"])} for row in rows] == expected
+    in_table = [row | {"captions": "", "shaping": ""} for row in expected]  # JSON, where there is something
+    in_table[0]["captions"] = json.dumps({"short": ODD, "long": "Ä."}, ensure_ascii=False)
+    in_table[0]["shaping"] = (
+        '{"short": {"length": "cut", "missing_words": [], "unwanted_words": ["x"], "num_answers": 1, "language": null, '
+        '"draft": null}}'
+    )
+    assert [row | {"warnings": tuple(row["warnings"])} for row in rows] == in_table
     assert [asdict(one) for one in read_records(tmp_path / "new" / "all.jsonl", Caption)] == expected
     with (tmp_path / "all.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    for row in expected:
+    for row in in_table:
         row["warnings"] = "\n".join(row["warnings"])  # one per line
-    assert rows == [{name: "" if value is None else str(value) for name, value in row.items()} for row in expected]
+    assert rows == [{name: "" if value is None else str(value) for name, value in row.items()} for row in in_table]
     assert [row["complete"] for row in rows] == ["True"] * 3 + ["False"] * 2
     assert rows[-1]["warnings"] == "\n".join(LOST) and rows[0]["warnings"] == ""
     kinds = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(tmp_path / "all.parquet")}
     assert kinds["sample"] == kinds["size_bytes"] == kinds["modified_ns"] == "int64"
     assert kinds["start_seconds"] == "double" and kinds["finished"] == "bool" and kinds["text"] == "string"
     assert kinds["complete"] == "bool" and kinds["modality"] == "string" and kinds["warnings"].startswith("list<")
+    assert kinds["captions"] == kinds["shaping"] == "string"
     assert not list(tmp_path.glob(".*"))
 
 
