@@ -1,7 +1,9 @@
 """`salmonn export`: captions of all shards as tables and as subtitles."""
 
 import csv
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,36 @@ def test_invalid_arguments(call, captions, args, message):
     code, _, err = call("export", *args)
     assert code == 2 and message in err and "Traceback" not in err
     assert Path("captions.jsonl").read_bytes() == before and not Path("all.csv").exists()
+
+
+def test_a_list_for_a_trainer(call, tmp_path, monkeypatch):
+    """The captions of all shards in the columns of a preset."""
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()
+    append_records(Path("captions-1-of-2.jsonl"), [Caption("clips/a.mp4", 'A "dog".', captions={"short": "Dog."})])
+    append_records(Path("captions-2-of-2.jsonl"), [Caption("clips/b/c.mp4", "Ein Hund, grün.")])
+    files = sorted(Path().glob("captions*.jsonl"))
+    code, _, err = call("export", *files, "--preset", "ltx2", "--to", "clips/dataset.json")
+    assert code == 0 and err == "2 clips listed in clips/dataset.json\n"
+    rows = [{"caption": 'A "dog".', "video": "a.mp4"}, {"caption": "Ein Hund, grün.", "video": "b/c.mp4"}]
+    assert json.loads(Path("clips/dataset.json").read_text(encoding="utf-8")) == rows
+    Path("mine.yaml").write_text(
+        "dataset: {file: a.csv, columns: {file: '{folder}/{name}', text: 'x, {caption}', brief: '{short}'}}\n"
+    )
+    assert call("export", files[0], "--preset", "mine.yaml", "--to", "all.csv")[0] == 0
+    assert Path("all.csv").read_text() == 'file,text,brief\nclips/a,"x, A ""dog"".",Dog.\n'
+    assert call("export", *files, "--preset", "ltx2", "--to", "all.jsonl")[0] == 0
+    assert [json.loads(line)["video"] for line in Path("all.jsonl").read_text().splitlines()] == [
+        "clips/a.mp4", "clips/b/c.mp4",
+    ]  # fmt: skip
+    append_records(files[0], [replace(one, segment=n, num_segments=2) for n, one in enumerate(halves("in"))])
+    for args, message in {
+        (*files, "--preset", "mine.yaml", "--to", "all.csv"): "clips/b/c.mp4 has no caption named 'short'",
+        (files[0], "--preset", "ltx2", "--to", "all.json"): "b.mp4 was captioned in segments",
+        (files[1], "--preset", "ltx2", "--to", "clips/b/c/d.json"): "lies outside",
+        (*files, "--preset", "plain", "--to", "all.json"): "--preset plain has no file that lists videos",
+        (*files, "--preset", "ltx2", "--to", "all.xml"): "--to names one file that ends in .json, .jsonl, .csv",
+    }.items():
+        code, _, err = call("export", *args)
+        assert code == 2 and message in err.splitlines()[-1], err
+    assert not Path("all.json").exists() and not list(Path().glob(".*"))

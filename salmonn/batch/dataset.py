@@ -128,11 +128,20 @@ def _rows(captions: LatestCaptions, layout: DatasetLayout, folder: Path) -> Iter
     root = folder.absolute().resolve()
     for caption in captions:
         values = _values(caption, root)
-        yield {column: fill(template, values) for column, template in layout.columns.items()}
+        try:
+            yield {column: fill(template, values) for column, template in layout.columns.items()}
+        except KeyError as error:
+            raise LedgerError(
+                f"{caption.video} has no caption named {error}, which the dataset has a column for"
+            ) from None
 
 
 def _values(caption: Caption, root: Path) -> dict[str, str]:
     video = Path(caption.video)
+    if caption.num_segments > 1:
+        raise LedgerError(
+            f"{video} was captioned in segments, and a dataset has one caption for each file; cut the clips"
+        )
     # The file itself may be a link to elsewhere, and still be listed in its folder.
     place = video.parent.absolute().resolve() / video.name
     if not place.is_relative_to(root):

@@ -33,7 +33,7 @@ class TextModel:
         return self._client.map_concurrent(self._answer, requests)
 
     def _answer(self, request: CaptionRequest) -> Caption | str:
-        from salmonn.score.llm_client import LLMRejectedError  # noqa: PLC0415 - imports openai
+        from salmonn.score.chat_client import LLMRejectedError  # noqa: PLC0415 - imports openai
 
         messages = []
         for prompt, answer in request.history:

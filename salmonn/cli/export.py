@@ -27,6 +27,11 @@ def export_parser() -> FlagParser:
         "--to", nargs="+", type=str, required=True, help="file names that end in .csv (in a spreadsheet, import as "
         "text), .parquet or .jsonl; or txt, srt, vtt for subtitle files"
     )  # fmt: skip
+    preset_help = (
+        "list videos and captions in the columns of this preset (see salmonn caption --preset list), in a file "
+    )
+    preset_help += "that ends in .json, .jsonl or .csv"
+    parser.add_argument("--preset", type=str | None, default=None, help=preset_help)
     add_subtitle_options(parser)
     group = parser.add_argument_group("Preferences as rows for other libraries")
     rows_help = (
@@ -54,6 +59,8 @@ def run_export(values: Namespace) -> int:
     from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles, in_order
     from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
 
+    if values.preset:
+        return _export_dataset(values)
     formats = [name for name in SUBTITLE_FORMATS if name in values.to]
     tables = [Path(name) for name in values.to if name not in SUBTITLE_FORMATS]
     if unknown := [str(path) for path in tables if path.suffix not in TABLES]:
@@ -83,6 +90,25 @@ def run_export(values: Namespace) -> int:
     names, videos, failed = ", ".join(formats), plural(num_videos, "video"), plural(len(failures), "file")
     sys.stderr.write(f"{names} files written for {videos}, {failed} failed\n")
     return SOME_FAILED if failures else 0
+
+
+def _export_dataset(values: Namespace) -> int:
+    """List videos and captions as a trainer of video generators reads them."""
+    from salmonn.batch.dataset import DATASET_SUFFIXES, export_dataset
+    from salmonn.batch.export import LatestCaptions
+    from salmonn.batch.ledger_files import in_order
+    from salmonn.caption.presets import load_preset
+
+    layout = load_preset(values.preset).dataset
+    if layout is None:
+        raise ValueError(f"--preset {values.preset} has no file that lists videos; its files are --to txt or the like")
+    if len(values.to) > 1 or Path(values.to[0]).suffix not in DATASET_SUFFIXES:
+        raise ValueError(f"with --preset, --to names one file that ends in {', '.join(DATASET_SUFFIXES)}")
+    paths = _require_captions(values.captions)
+    _warn_about_others(paths)
+    number = export_dataset(LatestCaptions(in_order(paths)), layout, Path(values.to[0]))
+    sys.stderr.write(f"{plural(number, 'clip')} listed in {values.to[0]}\n")
+    return 0
 
 
 def _export_rows(values: Namespace) -> int:

@@ -15,6 +15,7 @@ import pytest
 from jsonargparse import Namespace
 
 from salmonn.batch.discovery import Shard
+from salmonn.cli.shape_options import SHAPE_SETTINGS
 from salmonn.records import Caption, Failure, read_records
 from tests.batch.ledger_records import EACH_ONCE, names
 from tests.launch import forked
@@ -360,7 +361,8 @@ def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
     settings = json.loads((tmp_path / "captions.job.json").read_text())
     assert (settings["model"], settings["modality"], settings["prompt"]) == (str(random_model), "visual", "Say.")
     unset = {name for name, value in settings.items() if value is None}
-    assert unset == {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits", "frames"}
+    others = {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits", "frames"}
+    assert unset == others | set(SHAPE_SETTINGS)
     assert settings["max_new_tokens"] == 6
 
 

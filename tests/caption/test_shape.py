@@ -240,7 +240,7 @@ def test_a_text_model_that_refuses_a_text_or_is_gone(serve, monkeypatch, tmp_pat
     assert results[1].text == "Good."
     server.close()
     gone = text_model_config(url="http://127.0.0.1:9/v1", model="m")
-    monkeypatch.setattr("salmonn.score.llm_client._FIRST_CONTACT_SECONDS", 0.0)
+    monkeypatch.setattr("salmonn.score.chat_client._FIRST_CONTACT_SECONDS", 0.0)
     with pytest.raises(ValueError, match=r"m at http://127.0.0.1:9/v1 is unavailable.*is the server running"):
         generate_shaped(Script("Fine"), requests[:1], Shape({"caption": shape}, text_model=gone))
 
