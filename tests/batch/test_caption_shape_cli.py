@@ -3,14 +3,38 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from salmonn.caption.shape import CaptionShape, Shape
 from salmonn.records import Caption, Failure, read_records
 from salmonn.score.text_spans import count_words
+from tests.launch import forked
+from tests.limits import RUN_SECONDS
 from tests.score.fake_llm_server import Answer
+
+# A run that is killed after it has written the texts beside the second clip, before it writes the record.
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from salmonn import cli
+from salmonn.batch.ledger import Ledger
+
+write, calls = Ledger.write, []
+
+def write_or_die(self, captions):
+    calls.append(captions)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, captions)
+
+Ledger.write = write_or_die
+cli.main(sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -183,6 +207,60 @@ def test_the_same_in_python(videos):
         shape=Shape({"caption": CaptionShape(prompt="<|im_end|>")}),
     )
     assert isinstance(failed, Failure) and "contains the special token <|im_end|>" in failed.reason
+
+
+def test_clips_that_do_not_fit_into_memory_together(videos, monkeypatch):
+    """They are encoded and asked one by one."""
+    from salmonn import Captioner
+    from salmonn.caption.captioner import SHIPPED_MODEL
+    from salmonn.caption.generator import CaptionRequest
+    from salmonn.model.network import Network
+
+    captioner = Captioner.load(SHIPPED_MODEL)
+    requests = [CaptionRequest(video) for video in videos[:2]]
+    shape = Shape({"caption": CaptionShape(include=("zebra",))})
+    expected = list(captioner.caption_many(requests, shape=shape))
+    sizes, encode = [], Network.encode
+
+    def encode_one(self, clips, layouts):
+        sizes.append(len(clips))
+        if len(clips) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(self, clips, layouts)
+
+    monkeypatch.setattr(Network, "encode", encode_one)
+    assert list(captioner.caption_many(requests, shape=shape)) == expected
+    assert sizes == [2, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_killed_run_is_resumed(clips_of, run, tmp_path):
+    """With named prompts, lengths, texts beside the clips, and the list for the trainer: as in an unbroken run."""
+    folder = clips_of(3)
+    (tmp_path / "prompts.yaml").write_text("short:\n  prompt: Briefly.\n  words: 2-5\nlong: At length.\n")
+    flags = ("--prompts", tmp_path / "prompts.yaml", "--export", "txt", "--dataset", folder / "all.json")
+    args = ["caption", folder, *flags, "--out", tmp_path / "captions.jsonl", "--workers", 0, "--batch-size", 1]
+    command = forked(sys.executable, "-c", KILLED_WHILE_WRITING, *args)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list(folder.glob("*.txt"))) == 4 and not (folder / "all.json").exists()
+    code, captions, err = run(folder, *flags)
+    assert code == 0 and "1 video already done, skipped" in err and len(captions) == 3
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in [*folder.glob("*.txt"), folder / "all.json"]:
+        path.unlink()
+    _, unbroken, _ = run(folder, *flags, out="unbroken.jsonl")
+    assert by_name(unbroken) == by_name(captions)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files and len(files) == 10
+
+
+def test_named_captions_of_segments(clips_of, run):
+    folder = clips_of(1)
+    (folder / "p.yaml").write_text("a: Briefly.\nb: {prompt: 'For {duration} s.', prefix: 'B: '}\n")
+    code, captions, _ = run(folder, "--prompts", folder / "p.yaml", "--segment-seconds", 4, "--export", "srt", "txt")
+    assert code == 0 and [caption.num_segments for caption in captions] == [2, 2]
+    cues = (folder / "0.b.srt").read_text().strip().split("\n\n")
+    assert [cue.split("\n")[2] for cue in cues] == [caption.captions["b"] for caption in captions]
+    assert (folder / "0.a.txt").read_text().startswith(f"[00:00:00.000] {captions[0].captions['a']}")
 
 
 @pytest.mark.parametrize(
