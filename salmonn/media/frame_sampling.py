@@ -238,3 +238,25 @@ class BudgetSampler:
             grow = math.sqrt(self.min_pixels / (count * height * width))
             return tuple(math.ceil(side * grow / self.factor) * self.factor for side in (height, width))  # type: ignore[return-value]
         return rows, columns
+
+
+@dataclass(frozen=True)
+class IntervalBudgetSampler(BudgetSampler):
+    """Frames of D-ORCA: those of `UniformSampler`, with the sizes of Qwen3-VL. The defaults are the published ones.
+
+    Args:
+        frames_per_second, min_frames, max_frames, min_pixels, frame_pixels, factor: see `BudgetSampler`.
+        max_pixels: see there; 176,400 for each of 128 frames.
+    """
+
+    min_frames: int = 1
+    max_frames: int = 128
+    min_pixels: int = 784
+    max_pixels: int = 128 * 176_400
+    frame_pixels: int | None = None
+
+    def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
+        """See `FrameSampler`."""
+        count = min(max(round(seconds * self.frames_per_second), self.min_frames), self.max_frames)
+        numbers = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
+        return first + numbers * seconds / num_frames

@@ -8,7 +8,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.models.qwen3_vl import video_processing_qwen3_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from salmonn.media.frame_sampling import BudgetSampler, FixedRateSampler, FrameOptions, UniformSampler
+from salmonn.media.frame_sampling import (
+    BudgetSampler,
+    FixedRateSampler,
+    FrameOptions,
+    IntervalBudgetSampler,
+    UniformSampler,
+)
 
 
 def published_fixed_rate(num_frames: int, rate: float, *, max_frames: int = 110) -> list[int]:
@@ -71,6 +77,19 @@ def test_sizes_are_those_of_qwen3_vls_processor(size, num_sampled, capped):
     sampler = BudgetSampler() if capped else BudgetSampler(frame_pixels=None)
     assert sampler.frame_size(*size, num_sampled) == video_processing_qwen3_vl.smart_resize(
         num_sampled, *size, factor=32, min_pixels=4096, max_pixels=most
+    )
+
+
+@pytest.mark.parametrize(("num_frames", "rate"), VIDEOS)
+def test_d_orca_samples_the_published_frames(num_frames, rate):
+    """Two per second, as `real_torchcodec` of its code selects them, in a budget for all of them together."""
+    sampler = IntervalBudgetSampler()
+    times = sampler.sample_times(5.0, num_frames / rate, num_frames)
+    count = min(max(round(num_frames / rate / 0.5), 1), 128)
+    published = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
+    assert np.floor((times - 5.0) * rate + 0.5).astype(int).tolist() == published.tolist()
+    assert sampler.frame_size(720, 1280, 90) == video_processing_qwen3_vl.smart_resize(
+        90, 720, 1280, factor=32, min_pixels=784, max_pixels=128 * 176_400
     )
 
 

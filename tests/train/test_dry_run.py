@@ -42,6 +42,7 @@ LORA = LoraConfig(rank=128, alpha=256)
 PARAMETERS = {
     "Qwen/Qwen3-VL-2B-Instruct": (1_720_574_976, 2_127_532_032 - 1_720_574_976),
     "Qwen/Qwen3-VL-4B-Instruct": (4_022_468_096, 4_437_815_808 - 4_022_468_096),
+    "tsinghua-ee/D-ORCA-8B-0210": (8_190_735_360, 8_767_123_696 - 8_190_735_360),
     "Qwen/Qwen3-VL-8B-Instruct": (8_190_735_360, 8_767_123_696 - 8_190_735_360),
     "tsinghua-ee/video-SALMONN-2": (7_615_616_512, None),
     "3B": (3_085_938_688, 668_684_288),
@@ -120,7 +121,12 @@ def video_file(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "model",
-    ["tsinghua-ee/video-SALMONN-2", "tsinghua-ee/video-SALMONN2_plus_7B_full", "Qwen/Qwen3-VL-8B-Instruct"],
+    [
+        "tsinghua-ee/video-SALMONN-2",
+        "tsinghua-ee/video-SALMONN2_plus_7B_full",
+        "Qwen/Qwen3-VL-8B-Instruct",
+        "tsinghua-ee/D-ORCA-8B-0210",
+    ],
 )
 def test_tokens_of_a_real_clip(video_file, processor, model):
     path, shape = video_file
@@ -167,6 +173,8 @@ def test_tokens_by_hand():
     text = sum(len("<0.2>") + len(["seconds"]) + 2 + (time > 10) for time in times)
     for size in ("2B", "4B", "8B"):
         assert tokens.pop(f"Qwen/Qwen3-VL-{size}-Instruct") == 51 * 20 * 11 + text
+    # The same frames, of at most 128 * 176,400 / 102 pixels: 19 x 11 squares of 32; and audio.
+    assert tokens.pop("tsinghua-ee/D-ORCA-8B-0210") == 51 * 19 * 11 + text + 120
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
     name = "tsinghua-ee/video-SALMONN2_plus_7B_full"

@@ -13,7 +13,7 @@ from salmonn.model.attention import use_window_attention
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families.base import CLIP_END, CLIP_START, VIDEO_PAD, GridFamily, without_dtypes
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.towers import AudioTower, QwenTower
+from salmonn.model.towers import QwenTower
 from salmonn.records import Modality
 
 DESCRIBE = "Describe this video in detail."
@@ -33,6 +33,11 @@ VISION: dict[str, Any] = dict(
 SMALL_VISION: dict[str, Any] = dict(
     depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=[5, 11, 17]
 )
+WEIGHT_NAMES = {
+    r"^model\.visual\.": "vision.encoder.",
+    r"^model\.language_model\.": "lm.model.language_model.",
+    r"^lm_head\.": "lm.lm_head.",
+}
 
 
 def _published_config(*, vision: dict[str, Any] | None = None, **text: Any) -> dict[str, Any]:
@@ -78,16 +83,12 @@ class Qwen3VL(GridFamily):
     published_configs: ClassVar[Mapping[str, dict[str, Any]]] = {
         f"Qwen/Qwen3-VL-{size}-Instruct": values for size, values in PUBLISHED_SIZES.items()
     }
-    weight_names: ClassVar[Mapping[str, str]] = {
-        r"^model\.visual\.": "vision.encoder.",
-        r"^model\.language_model\.": "lm.model.language_model.",
-        r"^lm_head\.": "lm.lm_head.",
-    }
+    weight_names: ClassVar[Mapping[str, str]] = WEIGHT_NAMES
     decoder_prefix = "model.language_model."
     sampler_class = BudgetSampler
     required_tokens = (*GridFamily.required_tokens, CLIP_START, CLIP_END)
-    placeholder_tokens = (VIDEO_PAD, VIDEO_PAD)
-    config_parts = ("lm",)
+    placeholder_tokens: ClassVar[tuple[str, str]] = (VIDEO_PAD, VIDEO_PAD)
+    config_parts: ClassVar[tuple[str, ...]] = ("lm",)
     hears = False
     penalizes_prompt = True
 
@@ -113,7 +114,7 @@ class Qwen3VL(GridFamily):
     def num_deep_layers(self) -> int:
         return len(self.vision_config["deepstack_visual_indexes"])
 
-    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, AudioTower | None, Any]:
+    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module | None, Any]:
         # The vision tower moves out of the language model, which receives embeddings.
         lm = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**self.config.lm, attn_implementation=attn_implementation))
         vision = QwenTower(lm.model.visual, mean=IMAGENET_STANDARD_MEAN, std=IMAGENET_STANDARD_STD)
