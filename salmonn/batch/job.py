@@ -23,6 +23,7 @@ from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
+from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape
 from salmonn.records import Caption, Failure
 
@@ -44,20 +45,18 @@ class JobConfig:
         request: template of each video's request. Its path is replaced, and a number derived from the path is added to
             the seed, so that samples do not depend on the order of videos.
         max_new_tokens: token limit of a caption, in place of the one in the request; None: the model's default.
-        segment_seconds: see `Captioner.caption_batches`.
+        segments: see `Captioner.caption_batches`.
         batch_size: clips per batch; None: the model's default.
         shape: shape of the captions; None for the answers as they are.
     """
 
     request: CaptionRequest
     max_new_tokens: int | None = None
-    segment_seconds: float | None = None
+    segments: SegmentRule | None = None
     batch_size: int | None = None
     shape: Shape | None = None
 
     def __post_init__(self) -> None:
-        if self.segment_seconds is not None and not self.segment_seconds > 0:
-            raise ValueError(f"--segment-seconds must be above 0, got {self.segment_seconds}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
@@ -104,7 +103,12 @@ class RunStats:
 
 
 def caption_videos(
-    captioner: "Captioner", videos: Iterable[IndexedVideo], *, config: JobConfig, reader: ClipReader
+    captioner: "Captioner",
+    videos: Iterable[IndexedVideo],
+    *,
+    config: JobConfig,
+    reader: ClipReader,
+    store: BoundsStore | None = None,
 ) -> Generator[VideoResult]:
     """Caption videos, and yield each once its last segment is done.
 
@@ -113,6 +117,7 @@ def caption_videos(
         videos: any number of videos.
         config: how they are captioned.
         reader: reads clips ahead of the model.
+        store: keeps the bounds of segments.
     """
     started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
@@ -128,7 +133,8 @@ def caption_videos(
 
     batches = captioner.caption_batches(
         requests(),
-        segment_seconds=config.segment_seconds,
+        segments=config.segments,
+        store=store,
         batch_size=config.batch_size,
         reader=reader,
         shape=config.shape,

@@ -7,6 +7,7 @@
     captions.failed.jsonl      failures; one is outstanding until its part of the video is among the captions
     captions.job.json          settings that the captions depend on
     captions.subtitles.jsonl   subtitle files as they were written
+    captions.shots.jsonl       shots of the videos that are split at their cuts
 
 A killed run leaves complete lines and at most one torn one, which the next run cuts off.
 """

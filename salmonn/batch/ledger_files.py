@@ -25,6 +25,7 @@ from salmonn.records import Record, parse_record
 
 FAILED_SUFFIX = ".failed.jsonl"
 SUBTITLES_SUFFIX = ".subtitles.jsonl"
+SHOTS_SUFFIX = ".shots.jsonl"
 JOB_SUFFIX = ".job.json"
 KEY_BYTES = 16
 MAX_FULL_FILES = 99_999
@@ -90,6 +91,7 @@ class LedgerFiles:
         captions: captions of this process.
         failed: failures of this process.
         subtitles: log of the subtitle files that this process wrote.
+        shots: log of the shots that this process found.
         lock: lock that the writing process holds.
         job: settings of the run, shared by all shards.
     """
@@ -99,6 +101,7 @@ class LedgerFiles:
     captions: Path = field(init=False, compare=False)
     failed: Path = field(init=False, compare=False)
     subtitles: Path = field(init=False, compare=False)
+    shots: Path = field(init=False, compare=False)
     lock: Path = field(init=False, compare=False)
     job: Path = field(init=False, compare=False)
 
@@ -107,6 +110,7 @@ class LedgerFiles:
         self.captions = self.out.with_name(stem + self.out.suffix)
         self.failed = self.out.with_name(stem + FAILED_SUFFIX)
         self.subtitles = self.out.with_name(stem + SUBTITLES_SUFFIX)
+        self.shots = self.out.with_name(stem + SHOTS_SUFFIX)
         self.lock = self.out.with_name(f".{stem}{self.out.suffix}.lock")
         self.job = self.out.with_name(self.out.stem + JOB_SUFFIX)
 
@@ -187,7 +191,7 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
         The new names.
     """
     moved = []
-    for path in [*files.all_captions(), *files.find(FAILED_SUFFIX), files.job]:
+    for path in [*files.all_captions(), *files.find(FAILED_SUFFIX), *files.find(SHOTS_SUFFIX), files.job]:
         if path.exists():
             backup = path.with_name(f"{path.name}.old")
             numbers = count(1)

@@ -22,6 +22,7 @@ from salmonn.caption.generator import (
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt, StopStrings
+from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape, shape_captions
 from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
 from salmonn.media.clip import Clip
@@ -271,7 +272,8 @@ class Captioner:
         self,
         requests: Iterable[CaptionRequest],
         *,
-        segment_seconds: float | None = None,
+        segments: SegmentRule | None = None,
+        store: BoundsStore | None = None,
         batch_size: int | None = None,
         reader: ClipReader | None = None,
         shape: Shape | None = None,
@@ -280,7 +282,8 @@ class Captioner:
 
         Args:
             requests: requests with one sample each, possibly endless.
-            segment_seconds: length of the segments to caption separately; infinite is one segment with a known end.
+            segments: rule by which videos are split into segments that are captioned separately.
+            store: keeps the bounds of the segments, so that they are found once.
             batch_size, reader, shape: see `caption_many`.
 
         Yields:
@@ -289,8 +292,6 @@ class Captioner:
         batch_size = self.processor.config.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if segment_seconds is not None and not segment_seconds > 0:
-            raise ValueError(f"segment_seconds must be above 0, got {segment_seconds}")
 
         def jobs() -> Iterator[ClipJob]:
             for index, request in enumerate(requests):
@@ -301,9 +302,7 @@ class Captioner:
 
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
-            batches = reader.batches(
-                jobs(), size=batch_size, finish=self._timed_inputs, segment_seconds=segment_seconds
-            )
+            batches = reader.batches(jobs(), size=batch_size, finish=self._timed_inputs, segments=segments, store=store)
             for batch in batches:
                 yield self._caption_jobs(batch, shape=shape)
 

@@ -11,7 +11,6 @@ file was to blame. Here each worker has one file at a time, and a thread in this
 Worker processes import this module, so nothing here imports torch.
 """
 
-import math
 import os
 import queue
 import threading
@@ -28,6 +27,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from salmonn.caption.generator import CaptionRequest, Span
+from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
 from salmonn.media.container import ClipError, ClipShape, declared_seconds, declared_shape, open_media
@@ -120,6 +120,16 @@ class _UnknownLengthSpec(ReadSpec):
 
 
 @dataclass(frozen=True)
+class _UnsplitSpec(ReadSpec):
+    """A `ReadSpec` for a file that cannot be split into segments, for a known reason."""
+
+    reason: str = ""
+
+    def read(self, path: Path | str) -> Clip:
+        raise ClipError(self.reason)
+
+
+@dataclass(frozen=True)
 class ClipJob:
     """A request for a file, or for one of the segments that the file was split into.
 
@@ -167,6 +177,8 @@ class ClipReader:
         self._num_workers = workers
         self._limits = limits or WorkerLimits()
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reading")
+        # Finding the shots of a film takes minutes, in which a worker remains for clips.
+        self._splitting_threads = ThreadPoolExecutor(max(workers - 1, 1), thread_name_prefix="splitting")
         self._lock = threading.Lock()
         self._closed = False
         self._running: dict[Future[Any], _RunningJob] = {}
@@ -188,6 +200,7 @@ class ClipReader:
         with self._lock:
             self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._splitting_threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.kill()
         deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
@@ -236,7 +249,8 @@ class ClipReader:
         *,
         size: int,
         finish: Callable[[Clip], Result],
-        segment_seconds: float | None = None,
+        segments: SegmentRule | None = None,
+        store: BoundsStore | None = None,
     ) -> Iterator[list[ReadResult[Result]]]:
         """Read files in batches of similar length, two batches ahead (and enough clips to keep the workers busy).
 
@@ -247,12 +261,13 @@ class ClipReader:
             jobs: files to read.
             size: maximum number of clips per batch.
             finish: see `submit`.
-            segment_seconds: length of the segments to split files into; infinite is one segment with a known end.
+            segments: rule by which files are split into segments.
+            store: keeps the bounds of the segments, so that they are found once.
 
         Yields:
             Batches of (job, result of `finish`, or the error).
         """
-        plan = self._plan(jobs, size=size, segment_seconds=segment_seconds)
+        plan = self._plan(jobs, size=size, segments=segments, store=store)
         num_ahead = max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size))
 
         def start(count: int) -> Iterator[list[tuple[ClipJob, Future[Result]]]]:
@@ -268,35 +283,58 @@ class ClipReader:
             pending.extend(start(1))
             yield batch
 
-    def _plan(self, jobs: Iterable[ClipJob], *, size: int, segment_seconds: float | None) -> Iterator[list[ClipJob]]:
+    def _plan(
+        self, jobs: Iterable[ClipJob], *, size: int, segments: SegmentRule | None, store: BoundsStore | None
+    ) -> Iterator[list[ClipJob]]:
         """Group jobs into batches; of the batches of a bucket, the one with the earliest file comes first."""
-        jobs = iter(jobs)
-        if size == 1 and segment_seconds is None:
+        jobs, bucket_size = iter(jobs), size * BUCKET_BATCHES
+        if size == 1 and segments is None:
             yield from ([job] for job in jobs)
             return
+        measuring: deque[Future[list[tuple[ClipJob, float]]]] = deque()
 
-        def submit_bucket() -> list[tuple[ClipJob, Future[float]]]:
-            named = {} if segment_seconds is None else {"exact": True}
-            return [
-                (job, self._threads.submit(self._run, partial(job.read_spec.seconds, job.request.path, **named)))
-                for job in islice(jobs, size * BUCKET_BATCHES)
-            ]
+        def measure_ahead() -> None:
+            for job in islice(jobs, bucket_size - len(measuring)):
+                if segments is None:
+                    measuring.append(self._threads.submit(self._measure, job))
+                else:
+                    measuring.append(self._splitting_threads.submit(self._split, job, segments, store))
 
-        # The lengths of a bucket are measured before the previous bucket is read, so that nothing waits for them.
-        following = submit_bucket()
-        while following:
-            current, following = following, submit_bucket()
-            lengths = []
-            for job, future in current:
-                seconds = self._wait(future)
-                # An unreadable file gets a length of 0; reading it reports what is wrong.
-                lengths.append((job, 0.0 if isinstance(seconds, ValueError) else seconds))
-            if segment_seconds is not None:
-                lengths = [
-                    part for job, seconds in lengths for part in split_into_segments(job, seconds, segment_seconds)
-                ]
-            buckets = length_buckets([seconds for _, seconds in lengths], size=size)
-            yield from ([lengths[number][0] for number in bucket] for bucket in sorted(buckets, key=min))
+        # The files of a bucket are measured before the previous bucket is read, so that nothing waits for them. A long
+        # file fills a bucket with its segments alone.
+        measure_ahead()
+        while measuring:
+            parts: list[tuple[ClipJob, float]] = []
+            num_files = 0
+            while measuring and num_files < bucket_size and len(parts) < bucket_size:
+                measured = self._wait(measuring.popleft())
+                if isinstance(measured, ValueError):  # of the store
+                    raise measured
+                parts += measured
+                num_files += 1
+            measure_ahead()
+            buckets = length_buckets([seconds for _, seconds in parts], size=size)
+            yield from ([parts[number][0] for number in bucket] for bucket in sorted(buckets, key=min))
+
+    def _measure(self, job: ClipJob) -> list[tuple[ClipJob, float]]:
+        """Return a job with its declared length: 0 for an unreadable file, since reading it reports what is wrong."""
+        try:
+            return [(job, self._run(partial(job.read_spec.seconds, job.request.path)))]
+        except ClipError:
+            return [(job, 0.0)]
+
+    def _split(self, job: ClipJob, segments: SegmentRule, store: BoundsStore | None) -> list[tuple[ClipJob, float]]:
+        """Return a job for each segment of a file with its length; for one that cannot be split, a job that fails."""
+        path = job.request.path
+        bounds = None if store is None else store.get(path)
+        if bounds is None:
+            try:
+                bounds = self._run(partial(segments.find_bounds, path, job.read_spec))
+            except ValueError as error:
+                return [(replace(job, read_spec=_UnsplitSpec(**vars(job.read_spec), reason=str(error))), 0.0)]
+            if store is not None:
+                store.put(path, bounds)
+        return split_into_segments(job, bounds)
 
     def _wait(self, future: "Future[Result]") -> Result | ValueError:
         start = time.perf_counter()
@@ -372,25 +410,22 @@ def length_buckets(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     return [sorted(order[start:end]) for start, end in pairwise(bounds)]
 
 
-def split_into_segments(job: ClipJob, seconds: float, segment_seconds: float) -> list[tuple[ClipJob, float]]:
+def split_into_segments(job: ClipJob, bounds: Sequence[float]) -> list[tuple[ClipJob, float]]:
     """Return the segments of a file with their lengths.
 
-    A remainder of up to a second, or half a segment, is joined to the last segment. Each segment has its own seed, so
-    that segments that look alike need not have the same caption. The last segment is read to the end of the file, or of
-    the span: a file that breaks off is only recognized as truncated by what it lacks there.
+    Each segment has its own seed, so that segments that look alike need not have the same caption. The last segment is
+    read to the end of the file, or of the span: a file that breaks off is only recognized as truncated by what it lacks
+    there.
 
     Args:
         job: file, or a span of it.
-        seconds: length of the span; if it is unknown (0), the file is not split, and reading it raises an error.
-        segment_seconds: length of each segment.
+        bounds: start of each segment and end of the last; if there are none, the length of the file is unknown: it is
+            not split, and reading it raises an error.
     """
-    if seconds <= 0:
+    if not bounds:
         return [(replace(job, read_spec=_UnknownLengthSpec(**vars(job.read_spec))), 0.0)]
-    start = job.read_spec.start_seconds or 0.0
-    count = max(1, math.ceil((seconds - min(1.0, segment_seconds / 2)) / segment_seconds))
-    starts = [start + number * segment_seconds for number in range(count)] if count > 1 else [start]
-    segments = []
-    for number, (first, last) in enumerate(pairwise([*starts, start + seconds])):
+    count, segments = len(bounds) - 1, []
+    for number, (first, last) in enumerate(pairwise(bounds)):
         request = replace(job.request, span=Span(first, last), seed=job.request.seed + number)
         end = last if number < count - 1 else job.read_spec.end_seconds
         read_spec = replace(job.read_spec, start_seconds=first, end_seconds=end)

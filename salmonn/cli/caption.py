@@ -175,6 +175,7 @@ def _run(
     """Caption the pending videos; return the speed, as it goes into the summary."""
     from salmonn import dist
     from salmonn.batch.job import caption_videos, show_progress
+    from salmonn.batch.shot_log import ShotLog
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
     pending = job.pending(ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos())
@@ -201,7 +202,12 @@ def _run(
         else:
             workers = default_num_workers(len(first)) if values.workers is None else values.workers
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits))  # they start while the model loads
-            results = caption_videos(load_captioner(values), chain(first, pending), config=config, reader=reader)
+            store = None
+            if values.segments == "shots":
+                store = ShotLog(ledger.files, is_done=lambda video: ledger.status(video) == "done")
+            results = caption_videos(
+                load_captioner(values), chain(first, pending), config=config, reader=reader, store=store
+            )
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)

@@ -3,12 +3,13 @@
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jsonargparse import Namespace
 
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.presets import ExportFormat
+from salmonn.caption.segments import FixedSegments, SegmentRule, ShotDetectorName, ShotSegments
 from salmonn.cli.options import add_model_options, add_subtitle_options
 from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
 from salmonn.config import FlagParser
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 # Settings that the captions depend on; a run with other ones does not resume it.
 JOB_SETTINGS = (
-    "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
-    "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
+    "model", "adapter", "prompt", "modality", "start", "end", "segments", "min_shot", "shot_detector",
+    "temperature", "top_p", "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
     "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS,
 )  # fmt: skip
 STDOUT = "-"
@@ -66,9 +67,7 @@ def _add_generation_options(parser: FlagParser) -> None:
     group.add_argument("--modality", type=Modality | None, default=None, help=f"{modalities} (default: both)")
     group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")
     group.add_argument("--end", type=float | None, default=None, help="end of the part to caption, in seconds")
-    group.add_argument(
-        "--segment_seconds", type=float | None, default=None, help="caption every N seconds of a video separately"
-    )
+    _add_segment_options(group)
     group.add_argument(
         "--max_new_tokens", type=int | None, default=None, help="token limit of a caption (default: the model's own)"
     )
@@ -80,6 +79,15 @@ def _add_generation_options(parser: FlagParser) -> None:
     logprobs = "record the log-probability of each caption (logprob, and num_tokens to divide it by)"
     group.add_argument("--logprobs", action="store_true", help=logprobs)
     group.add_argument("--stop", nargs="+", type=str, default=[], help=stops)
+
+
+def _add_segment_options(group: Any) -> None:
+    segments = "caption parts of each video separately: every N seconds, or its shots"
+    group.add_argument("--segments", type=float | Literal["shots"] | None, default=None, help=segments)
+    shortest = "with --segments shots, merge shots shorter than this many seconds with the next one (default: 1)"
+    group.add_argument("--min_shot", type=float | None, default=None, help=shortest)
+    detectors = "with --segments shots, how cuts are found (default: pyscenedetect)"
+    group.add_argument("--shot_detector", type=ShotDetectorName | None, default=None, help=detectors)
 
 
 def _add_output_options(parser: FlagParser) -> None:
@@ -153,8 +161,6 @@ def job_config(values: Namespace) -> "JobConfig":
         logprobs=0 if values.logprobs else None,
         **limit,
     )
-    # Subtitles need end times; an infinite segment is the whole video with its end.
-    needs_ends = {"srt", "vtt"} & set(values.export)
     return JobConfig(
         CaptionRequest(
             Path(),
@@ -166,7 +172,25 @@ def job_config(values: Namespace) -> "JobConfig":
             frames=None if values.frames is None else FrameOptions(num_frames=values.frames),
         ),
         max_new_tokens=values.max_new_tokens,
-        segment_seconds=math.inf if needs_ends and values.segment_seconds is None else values.segment_seconds,
+        segments=_segment_rule(values),
         batch_size=values.batch_size,
         shape=values.shape,
     )
+
+
+def _segment_rule(values: Namespace) -> SegmentRule | None:
+    """Return how videos are split into segments."""
+    shot_flags = {name: values[name] for name in ("min_shot", "shot_detector") if values[name] is not None}
+    if values.segments == "shots":
+        names = {"min_shot": "min_seconds", "shot_detector": "detector"}
+        shots = ShotSegments(**{names[flag]: value for flag, value in shot_flags.items()})
+        shots.require_installed()
+        return shots
+    if shot_flags:
+        raise ValueError(f"--{next(iter(shot_flags)).replace('_', '-')} needs --segments shots")
+    if values.segments is not None:
+        if not values.segments > 0:
+            raise ValueError(f"--segments must be above 0 s, got {values.segments:g}; or use --segments shots")
+        return FixedSegments(values.segments)
+    # Subtitles need end times; an infinite segment is the whole video with its end.
+    return FixedSegments(math.inf) if {"srt", "vtt"} & set(values.export) else None

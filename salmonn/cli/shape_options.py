@@ -174,10 +174,10 @@ def _dataset_layout(values: Namespace, preset: "Preset") -> "DatasetLayout | Non
     if layout is None:
         return None
     check_layout(layout, names=list(values.shape.captions) if values.shape and values.shape.is_named else [])
-    if values.segment_seconds is not None:
+    if values.segments is not None:
         raise ValueError(
-            "a dataset has one caption for each file, and --segment-seconds makes several; cut the clips first, or "
-            "use --segment-seconds without a dataset"
+            "a dataset has one caption for each file, and --segments makes several; cut the clips first, or "
+            "use --segments without a dataset"
         )
     own = {values.out.resolve(), values.out.with_suffix(".jsonl").resolve()}
     if str(values.out) == "-" or Path(layout.file).resolve() in own:

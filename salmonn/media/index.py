@@ -128,8 +128,21 @@ def measured_seconds(path: str | os.PathLike[str]) -> float:
         ClipError: the file cannot be opened, or has neither video nor audio.
     """
     with ExitStack() as stack:
-        index = _index_from(open_media(path, stack, video=True, audio=True), math.inf, math.inf, seek_seconds=None)
+        index = index_times(path, stack)
         return max(index.video_end, index.audio_end)
+
+
+def index_times(path: str | os.PathLike[str], stack: ExitStack) -> StreamIndex:
+    """Index a whole file without its audio, so that nothing is decoded.
+
+    Args:
+        path: a local video or audio file.
+        stack: context that closes the file.
+
+    Raises:
+        ClipError: the file cannot be opened, or has neither video nor audio.
+    """
+    return _index_from(open_media(path, stack, video=True, audio=True), math.inf, math.inf, seek_seconds=None)
 
 
 def _has_one_clock(file: MediaFile) -> bool:

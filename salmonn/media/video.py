@@ -131,6 +131,46 @@ def decode_frames(
         file = file.reopen(stack, strict=strict)
 
 
+def decode_all(index: StreamIndex, stack: ExitStack, *, start: float, end: float) -> Iterator[tuple[float, Any]]:
+    """Decode each frame once, from the one on screen at `start` to the last one before `end`.
+
+    After damage, reading resumes at the next frame that decodes.
+
+    Args:
+        index: result of the first pass over the whole file.
+        stack: context that closes the file.
+        start, end: the span, in seconds.
+
+    Yields:
+        (seconds, decoded frame), by rising time.
+    """
+    can_seek = bool(index.keyframes) and index.is_continuous and not index.file.counts_frames
+    first = index.frame_times[max(index.count_due(start), 1) - 1] if index.frame_times else start
+    strict, latest = True, -math.inf
+    while True:
+        source = _FrameSource(index.file.reopen(stack, strict=strict), index, strict=strict)
+        begin = max(first, latest)
+        number = _keyframe_before(index.keyframes, begin) if can_seek else 0
+        try:
+            for seconds, frame in source.frames(index.keyframes[number][1] if number else None):
+                if number and latest < first < seconds - SLACK_SECONDS:
+                    raise _SeekError(f"no frame at {first:.3f} s")
+                if seconds >= end:
+                    return
+                if seconds > latest and seconds >= first - SLACK_SECONDS:
+                    latest = seconds
+                    yield seconds, frame
+            return
+        except _SeekError as error:
+            logger.debug("%s: reading from the start, because a seek failed (%s)", index.file.path, error)
+            can_seek = False
+        except DecodeError as error:
+            logger.debug(
+                "%s: reading on with a tolerant decoder, because it seems damaged (%s)", index.file.path, error
+            )
+            strict = False
+
+
 def _cut_lost_end(
     index: StreamIndex, targets: np.ndarray, images: list[np.ndarray | None], source: "_FrameSource"
 ) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.loader import ClipJob, check_duration, split_into_segments
+from salmonn.caption.segments import FixedSegments
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.records import Caption, Modality, Reference
@@ -227,7 +228,8 @@ class AppState:
         job = ClipJob(0, request, engine.captioner.read_spec(request))
         seconds = engine.reader.measure_seconds(request.path, job.read_spec)
         check_duration(request.path, seconds, max_seconds=engine.max_seconds or math.inf)
-        jobs = [part for part, _ in split_into_segments(job, seconds, segment_seconds)]
+        bounds = FixedSegments(segment_seconds).bounds(request.span.start_seconds or 0.0, seconds)
+        jobs = [part for part, _ in split_into_segments(job, bounds)]
         if seconds <= 0:  # reading it reports the reason
             engine.reader.submit(request.path, jobs[0].read_spec, lambda clip: clip).result()
         return jobs

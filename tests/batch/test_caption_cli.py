@@ -69,10 +69,10 @@ def test_a_killed_run_is_resumed(folder, random_model, tmp_path, caption):
 
 def test_a_torn_line_is_cut_off_and_reported(folder, caption, tmp_path):
     out = tmp_path / "captions.jsonl"
-    assert caption(folder, "--segment-seconds", 2)[0] == 0
+    assert caption(folder, "--segments", 2)[0] == 0
     whole = sorted(out.read_text().splitlines())
     os.truncate(out, out.stat().st_size - 11)
-    code, err = caption(folder, "--segment-seconds", 2)
+    code, err = caption(folder, "--segments", 2)
     assert code == 0 and "a run was killed while writing" in err and "9 videos already done, skipped" in err
     assert sorted(out.read_text().splitlines()) == whole
 
@@ -334,7 +334,7 @@ def test_a_full_disk(folder, caption, tmp_path):
         (["--max-failures", "-1"], "--max-failures"),
         (["--lines-per-file", "0"], "--lines-per-file"),
         (["--list", "/nowhere.txt"], "/nowhere.txt"),
-        (["--segment-seconds", "0"], "--segment-seconds must be above 0"),
+        (["--segments", "0"], "--segments must be above 0"),
         (["--read-seconds", "0"], "limits must be above 0"),
         (["--export", "docx"], "docx"),
         (["--engine", "ray", "--ray-actors", "0"], "--ray-actors"),
@@ -361,7 +361,17 @@ def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
     settings = json.loads((tmp_path / "captions.job.json").read_text())
     assert (settings["model"], settings["modality"], settings["prompt"]) == (str(random_model), "visual", "Say.")
     unset = {name for name, value in settings.items() if value is None}
-    others = {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits", "frames"}
+    others = {
+        "adapter",
+        "start",
+        "end",
+        "segments",
+        "min_shot",
+        "shot_detector",
+        "repetition_penalty",
+        "bits",
+        "frames",
+    }
     assert unset == others | set(SHAPE_SETTINGS)
     assert settings["max_new_tokens"] == 6
 

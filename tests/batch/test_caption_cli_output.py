@@ -5,16 +5,29 @@ import re
 
 import pytest
 
-from salmonn.records import Caption, Failure, read_records
+from salmonn.batch.shot_log import ShotBounds
+from salmonn.records import Caption, Failure, read_records, write_records
 from tests.batch.ledger_records import EACH_ONCE, names
+from tests.media.builders import BASE, write_media
 from tests.truncated import write_truncated
+
+
+@pytest.fixture
+def shots(tmp_path):
+    """A folder with a video of six shots, a second each, and a file of sound."""
+    pytest.importorskip("scenedetect")
+    folder = tmp_path / "shots"
+    folder.mkdir()
+    write_media(folder / "a.mp4", **BASE)
+    write_media(folder / "b.m4a", audio=(0, 2))
+    return folder
 
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_captions_of_damaged_files_are_marked_and_counted(folder, caption, videos, tmp_path, segments):
     """A truncated file, whole or in segments; in segments, only the last one lacks a part."""
     write_truncated(videos[0], folder / "truncated.mkv")
-    options = ["--segment-seconds", 2] if segments else []
+    options = ["--segments", 2] if segments else []
     code, err = caption(folder, "--export", "csv", *options)
     assert code == 0 and "0 videos failed" in err and "\n1 caption of damaged or truncated files" in err
     captions = read_records(tmp_path / "captions.jsonl", Caption)
@@ -106,7 +119,7 @@ def test_frames(folder, caption, tmp_path):
 
 def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
     """Each segment is a cue; the subtitle folder mirrors the folder of the videos."""
-    code, _ = caption(folder / "0.mp4", "--segment-seconds", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
+    code, _ = caption(folder / "0.mp4", "--segments", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
                       "--subtitle-dir", tmp_path / "subs")  # fmt: skip
     captions = read_records(tmp_path / "captions.jsonl", Caption)
     assert code == 0 and len(captions) >= 2
@@ -138,3 +151,49 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     code, err = caption("--retry-failed", "--replace-subtitles", "--export", "srt")
     assert code == 0 and (folder / "1.srt").read_text().startswith("1\n00:00:00,000 --> ")
     assert not (tmp_path / "captions.failed.jsonl").exists()
+
+
+def test_shots_with_subtitles(shots, caption, tmp_path):
+    """Each shot is a caption and a cue; the shots are recorded, and a file without video fails with the reason."""
+    code, err = caption(shots, "--segments", "shots", "--export", "srt", "vtt", "--subtitle-dir", tmp_path / "subs")
+    assert code == 1 and "b.m4a: has no video and so no shots; caption audio files in a run of their own" in err
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    assert [one.start_seconds for one in captions] == pytest.approx([0, 1, 2, 3, 4, 5], abs=0.01)
+    assert [one.end_seconds for one in captions] == pytest.approx([1, 2, 3, 4, 5, 6], abs=0.06)
+    (subtitles,) = (tmp_path / "subs").rglob("*.srt")
+    assert "\n00:00:01,000 --> 00:00:02,000\n" in subtitles.read_text() and "\n6\n00:00:05," in subtitles.read_text()
+    (found,) = read_records(tmp_path / "captions.shots.jsonl", ShotBounds)
+    assert found.bounds == (0.0, *(one.end_seconds for one in captions))
+
+
+def test_a_run_that_resumes_has_the_same_shots(shots, caption, tmp_path):
+    """The shots that a killed run recorded are used: here others than there are. A changed file is searched again."""
+    video = shots / "a.mp4"
+    status = video.stat()
+    known = ShotBounds(str(video), (0.0, 2.5, 6.0), status.st_size, status.st_mtime_ns)
+    write_records(tmp_path / "captions.shots.jsonl", [known])
+    assert caption(video, "--segments", "shots")[0] == 0
+    assert [one.end_seconds for one in read_records(tmp_path / "captions.jsonl", Caption)] == [2.5, 6.0]
+    os.utime(video, (1, 1))
+    assert caption(video, "--segments", "shots")[0] == 0
+    assert len(read_records(tmp_path / "captions.jsonl", Caption)) == 2 + 6
+    assert caption(video, "--segments", "shots")[1].count("1 video already done") == 1
+    code, err = caption(video, "--segments", "shots", "--min-shot", 2)
+    assert code == 2 and "min-shot null (now 2.0)" in err
+    assert caption(video, "--segments", "shots", "--min-shot", 2, "--overwrite")[0] == 0
+    assert len(read_records(tmp_path / "captions.jsonl", Caption)) == 3
+    assert (tmp_path / "captions.shots.jsonl.old").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--min-shot", "2"], "--min-shot needs --segments shots"),
+        (["--segments", "5", "--shot-detector", "pyscenedetect"], "--shot-detector needs --segments shots"),
+        (["--segments", "shots", "--min-shot", "-1"], "shortest shot must be 0 s or more, got -1"),
+        (["--segments", "shot"], "segments"),
+    ],
+)
+def test_options_of_shots_are_checked(shots, caption, flags, message):
+    code, err = caption(shots, *flags)
+    assert code == 2 and message in err

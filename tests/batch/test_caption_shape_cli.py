@@ -281,7 +281,7 @@ def test_named_captions_of_segments(clips_of, run):
         (("--refine", "{caption}", "--refine-server", "x", "--refine-model", "m"), "must be an address such as"),
         (("--language", "xx"), "'xx' is not a known code"),
         (("--avoid", "red", "--include", "red car"), "'red car' is to be included and 'red' to be avoided"),
-        (("--preset", "ltx2", "--segment-seconds", 2), "a dataset has one caption for each file"),
+        (("--preset", "ltx2", "--segments", 2), "a dataset has one caption for each file"),
         (("--dataset", "a.xml"), "--dataset a.xml must end in .json, .jsonl, .csv"),
         (("--prompt", "{sidecar}", "--export", "txt"), "{sidecar} reads the text files that txt would write"),
         (("--prompt", "{sidecar}", "--replace-subtitles"), "{sidecar} reads the text files that --replace-subtitles"),

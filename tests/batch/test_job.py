@@ -21,6 +21,7 @@ from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.captioner import SegmentResult
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
+from salmonn.caption.segments import FixedSegments
 from salmonn.records import Caption, Failure, read_records
 
 
@@ -318,7 +319,7 @@ def test_a_video_is_yielded_when_its_last_segment_is_done():
     captioner = Scripted()
     with ClipReader(workers=0) as reader:
         config = JobConfig(
-            CaptionRequest(Path(), "Say.", Sampling(temperature=1.0), seed=3), segment_seconds=2.0, batch_size=4
+            CaptionRequest(Path(), "Say.", Sampling(temperature=1.0), seed=3), segments=FixedSegments(2.0), batch_size=4
         )
         groups = list(caption_videos(captioner, [(7, video(0)), (9, video(1))], config=config, reader=reader))
     assert [(one.index, one.video) for one in groups] == [(7, video(0)), (9, video(1))]
@@ -328,7 +329,7 @@ def test_a_video_is_yielded_when_its_last_segment_is_done():
     assert [one.seed for one in captioner.requests] == [3 + path_number(video(number).path) for number in (0, 1)]
     for request in captioner.requests:
         assert request.sampling == Sampling(temperature=1.0, max_new_tokens=17) and request.prompt == "Say."
-    assert captioner.options["segment_seconds"] == 2.0 and captioner.options["batch_size"] == 4
+    assert captioner.options["segments"] == FixedSegments(2.0) and captioner.options["batch_size"] == 4
 
 
 def show_three_videos(capsys, count) -> str:

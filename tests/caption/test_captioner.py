@@ -12,6 +12,7 @@ from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import SampledToken
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
+from salmonn.caption.segments import FixedSegments
 from salmonn.media.clip import read_clip
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Failure
@@ -175,7 +176,7 @@ def test_captions_of_a_damaged_file_are_marked(captioner, videos, damaged):
 
 
 def test_only_segments_with_damage_are_marked(captioner, damaged):
-    (results,) = captioner.caption_batches(requests([damaged]), segment_seconds=2.0, batch_size=8)
+    (results,) = captioner.caption_batches(requests([damaged]), segments=FixedSegments(2.0), batch_size=8)
     assert len(results) >= 3
     assert [one.result.complete for one in results] == [True] + [False] * (len(results) - 1)
     assert [one.result.warnings for one in results] == [()] + [DAMAGE] * (len(results) - 1)

@@ -10,6 +10,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer
+from salmonn.caption.segments import FixedSegments
 from salmonn.caption.streaming import to_completion
 from salmonn.model.layout import ClipInfo
 from salmonn.records import Caption, Failure
@@ -126,7 +127,7 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
             CaptionRequest(broken, sampling=SHORT),
             CaptionRequest(videos[1], sampling=SHORT, span=Span(1.0, 4.5)),
         ]
-        batches = list(captioner.caption_batches(requests, segment_seconds=2.0, batch_size=2, reader=reader))
+        batches = list(captioner.caption_batches(requests, segments=FixedSegments(2.0), batch_size=2, reader=reader))
     assert all(len(batch) <= 2 for batch in batches)
     segments = {0: [], 1: [], 2: []}
     for segment in chain.from_iterable(batches):
@@ -144,7 +145,9 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
 
 
 def test_an_infinite_segment_is_the_whole_video_with_a_known_end(captioner, videos):
-    (batch,) = captioner.caption_batches([CaptionRequest(videos[0], sampling=SHORT)], segment_seconds=float("inf"))
+    (batch,) = captioner.caption_batches(
+        [CaptionRequest(videos[0], sampling=SHORT)], segments=FixedSegments(float("inf"))
+    )
     caption = batch[0].result
     assert caption.start_seconds == 0.0 and caption.end_seconds > 4
     assert caption.text == captioner.caption(videos[0], sampling=SHORT).text
@@ -153,7 +156,6 @@ def test_an_infinite_segment_is_the_whole_video_with_a_known_end(captioner, vide
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"segment_seconds": 0.0}, "segment_seconds must be above 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"prompt": "Tell <|im_end|>."}, "special token"),
         ({"prompt": "Tell " * 5000}, "the prompt has 25,000 characters; the maximum is 20,000"),

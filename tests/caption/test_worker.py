@@ -11,6 +11,7 @@ import pytest
 
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.loader import ClipJob, ClipReader, LimitedReadSpec, ReadSpec, split_into_segments
+from salmonn.caption.segments import FixedSegments
 from salmonn.caption.worker import WorkerLimits
 from salmonn.media.frame_sampling import FixedRateSampler
 
@@ -146,7 +147,7 @@ def test_segments(start, seconds, length, expected):
     job = ClipJob(
         3, CaptionRequest(Path("a.mp4"), seed=9), ReadSpec(FixedRateSampler(), start_seconds=start, audio=False)
     )
-    segments = split_into_segments(job, seconds, length)
+    segments = split_into_segments(job, FixedSegments(length).bounds(start or 0.0, seconds))
     spans = [segment.request.span for segment, _ in segments]
     assert [(span.start_seconds or 0, span.end_seconds) for span in spans] == expected
     read_spans = [(segment.read_spec.start_seconds, segment.read_spec.end_seconds) for segment, _ in segments]
@@ -159,7 +160,7 @@ def test_segments(start, seconds, length, expected):
 
 def test_the_last_segment_ends_with_the_span():
     read_spec = ReadSpec(FixedRateSampler(), start_seconds=2.0, end_seconds=9.0)
-    cut = split_into_segments(ClipJob(0, CaptionRequest(Path("a.mp4")), read_spec), 6.5, 3.0)
+    cut = split_into_segments(ClipJob(0, CaptionRequest(Path("a.mp4")), read_spec), FixedSegments(3.0).bounds(2.0, 6.5))
     assert [one.request.span for one, _ in cut] == [Span(2.0, 5.0), Span(5.0, 8.5)]
     assert [one.read_spec.end_seconds for one, _ in cut] == [5.0, 9.0]
 
@@ -175,7 +176,7 @@ def test_a_header_that_states_too_much_does_not_refuse_a_short_file(tmp_path):
 
 def test_a_file_of_unknown_length_cannot_be_split(videos):
     job = ClipJob(0, CaptionRequest(videos[0]), ReadSpec(FixedRateSampler(side=48)))
-    ((segment, seconds),) = split_into_segments(job, 0.0, 2.0)
+    ((segment, seconds),) = split_into_segments(job, FixedSegments(2.0).bounds(0.0, 0.0))
     assert seconds == 0
     with pytest.raises(ValueError, match=r"does not state its length.*its data ends at \d+\.\d\d s"):
         segment.read_spec.read(videos[0])
@@ -206,7 +207,10 @@ def test_segments_follow_the_data_and_not_the_header(tmp_path):
         with ClipReader(workers=1) as reader:
             batches = list(
                 reader.batches(
-                    [ClipJob(0, CaptionRequest(path), read_spec)], size=8, finish=lambda clip: clip, segment_seconds=5
+                    [ClipJob(0, CaptionRequest(path), read_spec)],
+                    size=8,
+                    finish=lambda clip: clip,
+                    segments=FixedSegments(5),
                 )
             )
         segments = [segment for batch in batches for segment in batch]

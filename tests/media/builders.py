@@ -49,7 +49,7 @@ def write_media(
     *,
     frame_times: Iterable[float] = (),
     audio: tuple[float, float] | None = None,
-    colours: Mapping[float, str] = COLOURS,
+    colours: Mapping[float, Any] = COLOURS,
     tones: Mapping[float, float] = TONES,
     video_codec: str = "libx264",
     audio_codec: str = "aac",
@@ -69,7 +69,7 @@ def write_media(
         path: file to write; its suffix selects the container if `container` does not.
         frame_times: times of the video frames.
         audio: start and end of the audio.
-        colours, tones: colour and frequency from each time on; frequency 0 is silence.
+        colours, tones: colour (a name of the palette, or RGB) and frequency from each time on; frequency 0 is silence.
         shift: seconds added to all timestamps.
         edit: changes the list of packets, sorted by decoding time, before they are written.
         options: options of the container.
@@ -101,7 +101,8 @@ def _encode_video(out: Any, times: list[float], colours: Mapping, codec: str, op
     stream.time_base = stream.codec_context.time_base = tick
     packets = []
     for seconds in times:
-        colour = np.full((size, size, 3), PALETTE[at(colours, seconds + 1e-6)], np.uint8)
+        colour = at(colours, seconds + 1e-6)
+        colour = np.full((size, size, 3), PALETTE.get(colour, colour), np.uint8)
         frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
         frame.pts, frame.time_base = round(seconds / tick), tick
         packets += stream.encode(frame)

@@ -6,6 +6,7 @@ from urllib.parse import unquote
 import pytest
 
 from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.segments import FixedSegments
 from salmonn.webui.rendering import render_thread
 from tests.score.browser import needs_browser
 from tests.webui.test_app import choose_example, describe, open_options
@@ -31,7 +32,7 @@ def test_captions_by_segment(visit, toy, examples):
     page.locator("#status").get_by_text("2 segments").wait_for()
     page.locator("#downloads a").first.wait_for()
     request = CaptionRequest(examples[0].path)
-    (results,) = toy.caption_batches([request], segment_seconds=5.0)
+    (results,) = toy.caption_batches([request], segments=FixedSegments(5.0))
     expected = [one.result for one in results]
     assert page.locator("#answer .caption").all_inner_texts() == [expected[0].text, expected[1].text]
     times = page.locator("#answer .segments .timestamp")
