@@ -19,6 +19,7 @@ from salmonn import __version__
 from salmonn.cli.caption import run_caption
 from salmonn.cli.caption_options import caption_parser
 from salmonn.cli.demo import demo_parser, run_demo
+from salmonn.cli.evaluate import eval_parser, run_eval
 from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.options import WRONG_USAGE
 from salmonn.cli.push import push_parser, run_push
@@ -129,6 +130,7 @@ COMMANDS: dict[str, Command] = {
     "score": (score_parser, run_score, "score captions against reference events"),
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),
+    "eval": (eval_parser, run_eval, "score captions on a public benchmark"),
     "qa": (qa_parser, run_qa, "compute the accuracy of answers to multiple-choice questions"),
     "reward": (reward_parser, run_reward, "rate captions with a reward model"),
     "reward-benchmark": (benchmark_parser, run_benchmark, "measure a judge or reward model on labelled pairs"),
