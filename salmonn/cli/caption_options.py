@@ -62,7 +62,7 @@ def _add_input_options(parser: FlagParser) -> None:
 
 def _add_generation_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Prompt and sampling")
-    group.add_argument("--prompt", type=str | None, default=None, help="question (default: ask for a full description)")
+    group.add_argument("--prompt", type=str, default=None, help="question (default: ask for a full description)")
     modalities = "what the model is given: " + ", ".join(get_args(Modality))
     group.add_argument("--modality", type=Modality | None, default=None, help=f"{modalities} (default: both)")
     group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")

@@ -58,24 +58,24 @@ def add_shape_options(parser: FlagParser) -> None:
     prompts = "YAML file of named prompts, which are all answered for each clip (captions: {name: text})"
     group.add_argument("--prompts", type=Path | None, default=None, help=prompts)
     words = "number of words, such as 80-120: asked again if it is wrong, then cut at the end of a sentence (any: off)"
-    group.add_argument("--words", type=str | None, default=None, help=words)
+    group.add_argument("--words", type=str, default=None, help=words)
     include = "words or phrases that the caption should have; shaping.missing_words lists those it lacks"
     group.add_argument("--include", nargs="+", type=str, default=None, help=include)
     avoid = "words or phrases that the caption should not have; shaping.unwanted_words lists those it has"
     group.add_argument("--avoid", nargs="+", type=str, default=None, help=avoid)
-    group.add_argument("--language", type=str | None, default=None, help="language to ask for: a code such as de")
+    group.add_argument("--language", type=str, default=None, help="language to ask for: a code such as de")
     template = "text of the caption, such as '{trigger}, {caption}' (the default with --trigger)"
-    group.add_argument("--template", type=str | None, default=None, help=template)
+    group.add_argument("--template", type=str, default=None, help=template)
     group.add_argument(
-        "--trigger", type=str | None, default=None, help="trigger word of a LoRA, {trigger} in templates"
+        "--trigger", type=str, default=None, help="trigger word of a LoRA, {trigger} in templates"
     )
-    group.add_argument("--prefix", type=str | None, default=None, help="text to put before the caption, as it is")
-    group.add_argument("--suffix", type=str | None, default=None, help="text to put after the caption, as it is")
+    group.add_argument("--prefix", type=str, default=None, help="text to put before the caption, as it is")
+    group.add_argument("--suffix", type=str, default=None, help="text to put after the caption, as it is")
     refine = "prompt of a second stage that rewrites the first caption, {caption}"
-    group.add_argument("--refine", type=str | None, default=None, help=refine)
+    group.add_argument("--refine", type=str, default=None, help=refine)
     server = "OpenAI-compatible server of a text model for --refine, such as http://localhost:8000/v1"
-    group.add_argument("--refine_server", type=str | None, default=None, help=server)
-    group.add_argument("--refine_model", type=str | None, default=None, help="name of the text model on its server")
+    group.add_argument("--refine_server", type=str, default=None, help=server)
+    group.add_argument("--refine_model", type=str, default=None, help="name of the text model on its server")
     dataset = "file that lists videos and captions for a trainer: .json, .jsonl or .csv, in the preset's columns"
     group.add_argument("--dataset", type=Path | None, default=None, help=dataset)
 

@@ -307,6 +307,23 @@ def test_a_dataset_that_cannot_be_placed(clips_of, run, call, tmp_path):
     assert not elsewhere.exists() and not list(elsewhere.parent.iterdir())
 
 
+def test_texts_are_taken_as_they_are(clips_of, run):
+    """Not as YAML, in which these would be nothing, a number and a mapping."""
+    flags = (
+        "--suffix",
+        " # 4K",
+        "--trigger",
+        "007",
+        "--template",
+        '{"text": "{caption}"} {trigger} ',
+        "--prompt",
+        "# What?",
+    )
+    code, (caption,), _ = run(clips_of(1), *flags)
+    assert code == 0 and caption.prompt == "# What?"
+    assert caption.text.startswith('{"text": "') and caption.text.endswith('"} 007  # 4K')
+
+
 def test_presets_are_listed(call):
     """Without any of the flags that a run needs."""
     code, out, _ = call("caption", "--preset", "list")
