@@ -66,9 +66,7 @@ def add_shape_options(parser: FlagParser) -> None:
     group.add_argument("--language", type=str, default=None, help="language to ask for: a code such as de")
     template = "text of the caption, such as '{trigger}, {caption}' (the default with --trigger)"
     group.add_argument("--template", type=str, default=None, help=template)
-    group.add_argument(
-        "--trigger", type=str, default=None, help="trigger word of a LoRA, {trigger} in templates"
-    )
+    group.add_argument("--trigger", type=str, default=None, help="trigger word of a LoRA, {trigger} in templates")
     group.add_argument("--prefix", type=str, default=None, help="text to put before the caption, as it is")
     group.add_argument("--suffix", type=str, default=None, help="text to put after the caption, as it is")
     refine = "prompt of a second stage that rewrites the first caption, {caption}"

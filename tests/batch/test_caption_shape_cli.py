@@ -256,7 +256,7 @@ def test_a_killed_run_is_resumed(clips_of, run, tmp_path):
 def test_named_captions_of_segments(clips_of, run):
     folder = clips_of(1)
     (folder / "p.yaml").write_text("a: Briefly.\nb: {prompt: 'For {duration} s.', prefix: 'B: '}\n")
-    code, captions, _ = run(folder, "--prompts", folder / "p.yaml", "--segment-seconds", 4, "--export", "srt", "txt")
+    code, captions, _ = run(folder, "--prompts", folder / "p.yaml", "--segments", 4, "--export", "srt", "txt")
     assert code == 0 and [caption.num_segments for caption in captions] == [2, 2]
     cues = (folder / "0.b.srt").read_text().strip().split("\n\n")
     assert [cue.split("\n")[2] for cue in cues] == [caption.captions["b"] for caption in captions]
