@@ -203,8 +203,8 @@ def serve():
     """Start scripted servers; stop them after the test."""
     servers = []
 
-    def start(script) -> FakeLLMServer:
-        servers.append(FakeLLMServer(script))
+    def start(script, **options) -> FakeLLMServer:
+        servers.append(FakeLLMServer(script, **options))
         return servers[-1]
 
     yield start

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -21,14 +20,11 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.generator import BatchCaptioner, CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape
 from salmonn.records import Caption, Failure
-
-if TYPE_CHECKING:
-    from salmonn.caption.captioner import Captioner
 
 IndexedVideo = tuple[int, VideoFile]  # a video with its number among the pending ones
 
@@ -103,7 +99,7 @@ class RunStats:
 
 
 def caption_videos(
-    captioner: "Captioner",
+    captioner: BatchCaptioner,
     videos: Iterable[IndexedVideo],
     *,
     config: JobConfig,
@@ -113,7 +109,7 @@ def caption_videos(
     """Caption videos, and yield each once its last segment is done.
 
     Args:
-        captioner: the model.
+        captioner: local model, or client of a server.
         videos: any number of videos.
         config: how they are captioned.
         reader: reads clips ahead of the model.

@@ -1,8 +1,7 @@
 """Adaptive limit on concurrent requests to a server: additive increase, multiplicative decrease (AIMD).
 
     limit = AdaptiveLimit(16)
-    while limit.is_full: ...           # wait for a request to end
-    ticket = limit.start()
+    ticket = limit.start()             # waits while there are as many requests as allowed
     limit.finish(ticket, work=tokens)  # or limit.abandon(ticket); limit.back_off() at status 429
 
 The limit grows by one for each answer until a first signal, as in TCP's slow start, and then by one for each round of
@@ -50,7 +49,7 @@ class AdaptiveLimit:
         self._best = float("inf")
         self._answer_seconds = 0.0
         self._decreased_at = -float("inf")
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
 
     @property
     def limit(self) -> int:
@@ -63,8 +62,9 @@ class AdaptiveLimit:
         return self.num_active >= self.limit
 
     def start(self) -> Ticket:
-        """Note that a request starts."""
+        """Wait while there are as many requests as allowed, and note that another one starts."""
         with self._lock:
+            self._lock.wait_for(lambda: not self.is_full)
             self.num_active += 1
             return Ticket(self._now(), self.num_active >= self.limit)
 
@@ -72,6 +72,7 @@ class AdaptiveLimit:
         """Note that a request ended without an answer."""
         with self._lock:
             self.num_active -= 1
+            self._lock.notify_all()
 
     def finish(self, ticket: Ticket, *, work: float = 1.0) -> None:
         """Note that a request was answered.
@@ -82,6 +83,7 @@ class AdaptiveLimit:
         """
         with self._lock:
             self.num_active -= 1
+            self._lock.notify_all()
             self._answer_seconds = self._now() - ticket.started_at
             if ticket.started_at >= self._decreased_at:  # others show the time at a higher limit
                 self._round.append(self._answer_seconds / max(work, 1.0))

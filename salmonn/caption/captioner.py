@@ -17,7 +17,9 @@ from salmonn.caption.generator import (
     CaptionRequest,
     History,
     Sampling,
+    SegmentResult,
     Span,
+    to_failure,
 )
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
@@ -30,7 +32,7 @@ from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Network
-from salmonn.records import Caption, Failure, FailureStage, Modality, atomic_folder
+from salmonn.records import Caption, Failure, Modality, atomic_folder
 
 OUT_OF_MEMORY = (
     "does not fit into GPU memory with the model: use a smaller batch_size, a part of the clip (start, end), or put "
@@ -50,21 +52,6 @@ class RequestOptions(TypedDict, total=False):
     system: str | None
     frames: FrameOptions | None
     clip_turn: int
-
-
-@dataclass(frozen=True)
-class SegmentResult:
-    """The result for a request, or for one of the segments that its file was split into.
-
-    Attributes:
-        index: position of the request among the requests.
-        num_segments: number of segments that the file was split into.
-        result: caption, or the reason why there is none.
-    """
-
-    index: int
-    num_segments: int
-    result: Caption | Failure
 
 
 @dataclass(frozen=True)
@@ -322,11 +309,11 @@ class Captioner:
         results: list[Caption | Failure] = []
         for job, clip in batch:
             if isinstance(clip, ValueError):
-                results.append(_fail(job.request, str(clip), stage="read"))
+                results.append(to_failure(job.request, str(clip), stage="read"))
                 continue
             caption = next(captions)
             if isinstance(caption, str):
-                results.append(_fail(job.request, f"{job.request.path}: {caption}", stage="caption"))
+                results.append(to_failure(job.request, f"{job.request.path}: {caption}", stage="caption"))
             else:
                 results.append(caption)
         return [
@@ -465,7 +452,3 @@ def _batch_bounds(requests: Sequence[CaptionRequest], batch_size: int) -> Iterat
         step = max(1, batch_size // num_samples)
         yield from ((first, min(first + step, end)) for first in range(start, end, step))
         start = end
-
-
-def _fail(request: CaptionRequest, reason: str, *, stage: FailureStage) -> Failure:
-    return Failure(str(request.path), reason, stage, request.span.start_seconds, request.span.end_seconds)

@@ -6,16 +6,19 @@ This module imports no torch, so that worker processes and remote clients start 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from salmonn.media.frame_sampling import FrameOptions
-from salmonn.records import Caption, Modality
+from salmonn.records import Caption, Failure, FailureStage, Modality
 
 if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner
+    from salmonn.caption.loader import ClipReader
+    from salmonn.caption.segments import BoundsStore, SegmentRule
+    from salmonn.caption.shape import Shape
     from salmonn.model.layout import ClipFeatures, ClipInputs
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
@@ -119,6 +122,47 @@ class Generator(Protocol):
             ClipError: a file cannot be read.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """The result for a request, or for one of the segments that its file was split into.
+
+    Attributes:
+        index: position of the request among the requests.
+        num_segments: number of segments that the file was split into.
+        result: caption, or the reason why there is none.
+    """
+
+    index: int
+    num_segments: int
+    result: Caption | Failure
+
+
+class BatchCaptioner(Protocol):
+    """A generator that captions any number of files as they are read: a local model, or a client of a server."""
+
+    def default_sampling(self) -> Sampling:
+        """Return greedy decoding up to the model's own token limit."""
+        ...
+
+    def caption_batches(
+        self,
+        requests: Iterable[CaptionRequest],
+        *,
+        segments: "SegmentRule | None" = None,
+        store: "BoundsStore | None" = None,
+        batch_size: int | None = None,
+        reader: "ClipReader | None" = None,
+        shape: "Shape | None" = None,
+    ) -> Iterator[list[SegmentResult]]:
+        """See `Captioner.caption_batches`."""
+        ...
+
+
+def to_failure(request: CaptionRequest, reason: str, *, stage: FailureStage) -> Failure:
+    """Return the record of a request that has no caption."""
+    return Failure(str(request.path), reason, stage, request.span.start_seconds, request.span.end_seconds)
 
 
 class CachedGenerator:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from salmonn.caption.generator import CaptionRequest, Generator, Sampling
-from salmonn.records import Caption
+from salmonn.records import Caption, Modality
 from salmonn.synthetic.render import write_video
 from salmonn.synthetic.scene import SynthConfig
 
@@ -36,20 +36,21 @@ class Hearing:
     answers: tuple[str, ...]
 
 
-def probe_hearing(generator: Generator, *, prompt: str | None = PROBE_PROMPT) -> Hearing:
+def probe_hearing(generator: Generator, *, prompt: str | None = PROBE_PROMPT, modality: Modality = "both") -> Hearing:
     """Measure whether a generator hears: with log-probabilities where it gives them, else by its answers alone.
 
     Args:
         generator: local model or client of a server.
         prompt: prompt of the probe; None for the model's default.
+        modality: what the model is given of the clips.
 
     Raises:
         ValueError: as `generator.generate`.
     """
-    sampling = Sampling(temperature=0.0, max_new_tokens=64, logprobs=0)
+    sampling = Sampling(temperature=0.0, max_new_tokens=32, logprobs=0)
     with TemporaryDirectory(prefix="salmonn-probe-") as folder:
         beeps, noise = write_probe_clips(Path(folder))
-        requests = [CaptionRequest(path, prompt, sampling) for path in (beeps, noise, beeps, noise)]
+        requests = [CaptionRequest(path, prompt, sampling, modality=modality) for path in (beeps, noise, beeps, noise)]
         captions = [captions[0] for captions in generator.generate(requests)]
     return Hearing(_is_heard(captions), tuple(caption.text for caption in captions))
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, job_config
+from salmonn.cli.caption_server import load_server, server_settings
 from salmonn.cli.options import SOME_FAILED, garbage_kept, load_captioner, plural
 from salmonn.records import Caption
 
@@ -85,7 +86,8 @@ def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = F
 
     return Ledger(
         files,
-        job={name: values[name] for name in JOB_SETTINGS} | fingerprint_model(values),
+        job={name: values[name] for name in JOB_SETTINGS}
+        | (server_settings(values) if values.server else fingerprint_model(values)),
         start_seconds=values.start,
         lines_per_file=values.lines_per_file,
         overwrite=values.overwrite,
@@ -205,9 +207,8 @@ def _run(
             store = None
             if values.segments == "shots":
                 store = ShotLog(ledger.files, is_done=lambda video: ledger.status(video) == "done")
-            results = caption_videos(
-                load_captioner(values), chain(first, pending), config=config, reader=reader, store=store
-            )
+            captioner = load_server(values) if values.server else load_captioner(values)
+            results = caption_videos(captioner, chain(first, pending), config=config, reader=reader, store=store)
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)

@@ -18,8 +18,7 @@ from salmonn.batch.job import (
 )
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.captioner import SegmentResult
-from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.generator import CaptionRequest, Sampling, SegmentResult
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import FixedSegments
 from salmonn.records import Caption, Failure, read_records

@@ -38,36 +38,44 @@ class Answer:
         return json.dumps(completion | {"choices": [choice | {"finish_reason": self.finish_reason}]}).encode()
 
 
+def model_list(*names: str, owner: str = "test") -> Answer:
+    """Answer to GET /v1/models."""
+    models = [{"id": name, "object": "model", "created": 0, "owned_by": owner} for name in names]
+    return Answer(body=json.dumps({"object": "list", "data": models}).encode())
+
+
 Script = Callable[[dict[str, Any], int], Answer]  # (request, number of requests before it) -> response
 
 
 class FakeLLMServer:
-    """A server on a free port; `requests` are the received bodies, `max_concurrent` the most concurrent requests."""
+    """A server on a free port; `requests` are the received bodies, `max_concurrent` the most concurrent requests.
 
-    def __init__(self, script: Script) -> None:
+    `models` answers GET requests.
+    """
+
+    def __init__(self, script: Script, models: Answer | None = None) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.models = models or model_list("m")
         self.max_concurrent = 0
         self._concurrent = 0
         self._lock = threading.Lock()
         scripted = self
 
-        def run_script(request: dict[str, Any], number: int) -> Answer:
-            try:
-                return script(request, number)
-            # Status 400, so that the client does not retry: the test ends with the reason.
-            except (LookupError, ValueError, TypeError, AssertionError) as error:
-                return Answer(f"the script raised {error!r}", status=400)
-
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send(scripted.models)
+
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with scripted._lock:
                     number = len(scripted.requests)
                     scripted.requests.append(request)
+                    scripted.keys.append(self.headers["Authorization"])
                     scripted._concurrent += 1
                     scripted.max_concurrent = max(scripted.max_concurrent, scripted._concurrent)
                 try:
-                    self._send(run_script(request, number))
+                    self._send(_run_script(script, request, number))
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client closed the connection
                 finally:
@@ -101,6 +109,14 @@ class FakeLLMServer:
         """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def _run_script(script: Script, request: dict[str, Any], number: int) -> Answer:
+    try:
+        return script(request, number)
+    # Status 400, so that the client does not retry: the test ends with the reason.
+    except (LookupError, ValueError, TypeError, AssertionError) as error:
+        return Answer(f"the script raised {error!r}", status=400)
 
 
 def request_contents(request: dict[str, Any]) -> tuple[tuple[Event, ...], str]:

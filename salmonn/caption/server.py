@@ -1,0 +1,337 @@
+"""Caption through an OpenAI-compatible server (vLLM, SGLang, a hosted API, `salmonn serve`): one more generator.
+
+1. A worker process reads the file, with its limits; what cannot be read fails here, and costs no request.
+2. A thread encodes the clip (`server_messages.py`) and sends it, retrying as the judge's client does.
+3. The answer becomes a `Caption`, or the reason why there is none a `Failure`. The number of concurrent requests adapts
+   to the server (`adaptive_limit.py`).
+
+The API key never leaves the client: captions and job files have the model's name alone.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from salmonn.caption.adaptive_limit import AdaptiveLimit
+from salmonn.caption.generator import (
+    CaptionRequest,
+    Sampling,
+    SegmentResult,
+    Span,
+    to_failure,
+)
+from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
+from salmonn.caption.server_messages import DEFAULT_PROMPTS, EncodedClip, encode_clip, to_messages
+from salmonn.caption.server_options import TOKEN_CAP_FLAG, ServerInput, ServerOptions
+from salmonn.media.clip import Clip
+from salmonn.media.frame_sampling import FrameOptions, UniformSampler
+from salmonn.records import Caption, Failure, Modality
+from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
+from salmonn.score.llm_protocol import ChatRequest, ChatResponse, Choice
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TOKENS = 1024
+# One frame per second. A file that is sent as a whole is read for its audio, and to find damage.
+_SAMPLER = UniformSampler(interval_seconds=1.0, min_frames=8, max_frames=64, budget_fraction=0.0)
+_ONE_FRAME = replace(_SAMPLER, min_frames=1, max_frames=1)
+_CUT_REASONS = ("length", "content_filter")
+
+
+class AnswerError(ValueError):
+    """An answer has no caption."""
+
+
+class ServerCaptioner:
+    """Captioner on an OpenAI-compatible server; `connect_captioner` makes one that has been tested.
+
+    Args:
+        options: server and limits.
+        reader: decoder of video frames, see `read_clip`.
+
+    Attributes:
+        input: what the server is sent.
+        is_own: whether the server is `salmonn serve`, which takes spans and modalities and returns warnings.
+
+    Raises:
+        ValueError: no API key is set for OpenAI's own server.
+    """
+
+    def __init__(self, options: ServerOptions, *, reader: str = "pyav") -> None:
+        self.options, self._reader = options, reader
+        self.client = ChatClient(
+            options.llm_config(), saved="Finished captions are saved", token_cap_flag=TOKEN_CAP_FLAG
+        )
+        self.name = self.client.name
+        self.input: ServerInput = "frames" if options.server_input == "auto" else options.server_input
+        self.is_own = False
+        self._limit = AdaptiveLimit(options.concurrency)
+        self.client.on_retry = lambda error: self._limit.back_off()
+
+    def default_sampling(self) -> Sampling:
+        """Return greedy decoding of up to 1,024 tokens."""
+        return Sampling(max_new_tokens=DEFAULT_TOKENS)
+
+    def generate(self, requests: Sequence[CaptionRequest]) -> list[list[Caption]]:
+        """Return `num_samples` captions for each request; a file that occurs several times is read once.
+
+        Raises:
+            ClipError: a file cannot be read.
+            LLMRejectedError: the server rejects a request.
+            AnswerError: an answer has no caption.
+            LLMStoppedError: no further request is possible.
+        """
+        encoded: dict[tuple[object, ReadSpec], EncodedClip] = {}
+        for request in requests:
+            spec = self.read_spec(request)
+            if (key := (request.path, spec)) not in encoded:
+                encoded[key] = self._encode(spec.read(request.path))
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
+            return list(
+                pool.map(
+                    lambda request: self._caption(request, encoded[request.path, self.read_spec(request)]), requests
+                )
+            )
+
+    def caption_batches(
+        self,
+        requests: Iterable[CaptionRequest],
+        *,
+        segment_seconds: float | None = None,
+        batch_size: int | None = None,
+        reader: ClipReader | None = None,
+    ) -> Iterator[list[SegmentResult]]:
+        """See `Captioner.caption_batches`; results come as the server answers, and `batch_size` has no effect.
+
+        Replies to requests in flight are still returned after Ctrl-C, a spend cap, or another error that ends the run.
+
+        Raises:
+            LLMStoppedError: no further request is possible.
+        """
+        if segment_seconds is not None and segment_seconds != math.inf:
+            self._require_frames("segments")
+        jobs = (ClipJob(index, request, self.read_spec(request)) for index, request in enumerate(requests))
+        with ExitStack() as stack:
+            reader = reader or stack.enter_context(ClipReader(workers=0))
+            pool = ThreadPoolExecutor(self.options.concurrency)
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            in_flight = _InFlight(pool, self._caption_one)
+            batches = reader.batches(jobs, size=1, finish=self._encode, segment_seconds=segment_seconds)
+            try:
+                yield from self._send_all(batches, in_flight)
+            except (LLMStoppedError, KeyboardInterrupt) as error:
+                self.client.stop()
+                if in_flight.jobs and isinstance(error, KeyboardInterrupt):
+                    logger.warning("waiting for replies in flight, which will be saved (Ctrl-C again drops them)")
+                while in_flight.jobs:
+                    yield in_flight.take()
+                # A request in flight may show that a spend cap is not the real problem.
+                causes = [one for one in in_flight.errors if not isinstance(one, SpendCapError) and one.__cause__]
+                raise (causes[0] if causes and isinstance(error, SpendCapError) else error) from None
+
+    def _send_all(
+        self, batches: Iterator[list[ReadResult[EncodedClip]]], in_flight: "_InFlight"
+    ) -> Iterator[list[SegmentResult]]:
+        """Send clips as they are read, as many at once as the limit allows; raises an LLMStoppedError."""
+        for ((job, clip),) in batches:
+            if isinstance(clip, ValueError):
+                failure = to_failure(job.request, str(clip), stage="read")
+                yield [SegmentResult(job.index, job.num_segments, failure)]
+                continue
+            while len(in_flight.jobs) >= self._limit.limit:
+                yield in_flight.take()
+                in_flight.raise_error()
+            in_flight.submit(job, clip)
+            if in_flight.has_completed:
+                yield in_flight.take()
+                in_flight.raise_error()
+        while in_flight.jobs:
+            yield in_flight.take()
+            in_flight.raise_error()
+
+    def _caption_one(self, job: ClipJob, clip: EncodedClip) -> Caption:
+        # A segment is cut as it was read: the last one is open.
+        spec = job.read_spec
+        (caption,) = self._caption(job.request, clip, span=(spec.start_seconds, spec.end_seconds))
+        return caption
+
+    def read_spec(self, request: CaptionRequest) -> ReadSpec:
+        """Return what is read of a request's file; raises a ValueError if the server would be sent too much of it."""
+        if request.span != Span() or request.frames or request.modality != "both":
+            self._require_frames("spans, modalities and numbers of frames")
+        sampler = _ONE_FRAME
+        if self.input == "frames":
+            sampler = replace(_SAMPLER, max_pixels=self.options.server_max_pixels)
+            if request.frames:
+                num_frames = max(request.frames.num_frames or 0, sampler.max_frames)
+                sampler = replace(sampler, max_frames=num_frames).with_options(request.frames)
+        span = request.span
+        return ReadSpec(
+            sampler,
+            span.start_seconds,
+            span.end_seconds,
+            video=request.modality != "audio",
+            audio=request.modality != "visual",
+            reader=self._reader,
+        )
+
+    def _require_frames(self, what: str) -> None:
+        """Raise a ValueError if the server is sent whole files, of which it cannot take a part."""
+        if self.input != "frames" and not self.is_own:
+            raise ValueError(f"--server-input {self.input} sends whole files, without {what}; use frames")
+
+    def _encode(self, clip: Clip) -> EncodedClip:
+        return encode_clip(
+            clip,
+            server_input=self.input,
+            frame_format=self.options.server_frame_format,
+            is_file_only=self.is_own,
+        )
+
+    def _caption(
+        self,
+        request: CaptionRequest,
+        clip: EncodedClip,
+        *,
+        span: tuple[float | None, float | None] | None = None,
+    ) -> list[Caption]:
+        """Return the captions of a request; a server that sends fewer than asked for is asked again."""
+        span = (request.span.start_seconds, request.span.end_seconds) if span is None else span
+        whole = self._to_chat_request(request, clip, span=span)
+        captions: list[Caption] = []
+        while len(captions) < request.num_samples:
+            number = len(captions)
+            chat = whole
+            if number:
+                seed = None if whole.seed is None else whole.seed + number
+                chat = replace(whole, seed=seed, num_choices=1)
+            response = self._send(chat)
+            captions += [
+                self._to_caption(request, clip, response, choice, sample=number + index)
+                for index, choice in enumerate(response.choices[: request.num_samples - number])
+            ]
+        return captions
+
+    def _send(self, chat: ChatRequest) -> ChatResponse:
+        ticket = self._limit.start()
+        try:
+            response = self.client.send(chat)
+        except BaseException:
+            self._limit.abandon(ticket)
+            raise
+        self._limit.finish(ticket, work=response.num_tokens or 1.0)
+        return response
+
+    def _to_chat_request(
+        self, request: CaptionRequest, clip: EncodedClip, *, span: tuple[float | None, float | None]
+    ) -> ChatRequest:
+        sampling = request.sampling or self.default_sampling()
+        parameters: dict[str, Any] = {"top_p": sampling.top_p} if sampling.temperature else {}
+        if sampling.stop:
+            parameters["stop"] = list(sampling.stop)
+        if sampling.repetition_penalty is not None:
+            parameters["repetition_penalty"] = sampling.repetition_penalty
+        if self.is_own and self.input == "video":
+            parameters |= _own_parameters(request, span)
+        default = "" if self.is_own else DEFAULT_PROMPTS[clip.modality]
+        return ChatRequest(
+            to_messages(request, clip, default_prompt=default),
+            schema=None if sampling.json_schema is None else json.loads(sampling.json_schema),
+            seed=request.seed if sampling.temperature else None,
+            temperature=sampling.temperature,
+            token_limit=sampling.max_new_tokens,
+            num_choices=request.num_samples,
+            logprobs=sampling.logprobs,
+            parameters=parameters,
+        )
+
+    def _to_caption(
+        self, request: CaptionRequest, clip: EncodedClip, response: ChatResponse, choice: Choice, *, sample: int
+    ) -> Caption:
+        if not choice.text.strip():
+            what = f"a {choice.instead_kind} ({choice.instead[:200]!r})" if choice.instead else "an empty answer"
+            raise AnswerError(f"the server sent {what} instead of a caption (finish_reason {choice.finish_reason})")
+        seen = response.clip
+        modality: Modality = seen.get("modality") or clip.modality
+        default = "" if self.is_own else DEFAULT_PROMPTS[clip.modality]
+        return Caption(
+            video=str(request.path),
+            text=choice.text,
+            prompt=request.prompt or default,
+            model=response.model or self.options.server_model or "",
+            sample=sample,
+            finished=choice.finish_reason not in _CUT_REASONS,
+            start_seconds=request.span.start_seconds,
+            end_seconds=request.span.end_seconds,
+            complete=bool(seen.get("complete", clip.is_complete)),
+            modality=modality,
+            warnings=tuple(seen.get("warnings", clip.warnings)),
+            logprob=None if choice.logprobs is None else sum(choice.logprobs),
+            num_tokens=None if choice.logprobs is None else len(choice.logprobs),
+        )
+
+
+class _InFlight:
+    """Requests that have been submitted and whose results have not been taken yet.
+
+    Args:
+        pool: threads that run them.
+        caption: sends one.
+
+    Attributes:
+        jobs: the requests by their future results.
+        errors: errors after which no further request is possible.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, caption: Callable[[ClipJob, EncodedClip], Caption]) -> None:
+        self.jobs: dict[Future[Caption], ClipJob] = {}
+        self.errors: list[LLMStoppedError] = []
+        self._pool, self._caption = pool, caption
+
+    @property
+    def has_completed(self) -> bool:
+        """Whether a result can be taken without waiting."""
+        return any(future.done() for future in self.jobs)
+
+    def submit(self, job: ClipJob, clip: EncodedClip) -> None:
+        """Send a request from one of the threads."""
+        self.jobs[self._pool.submit(self._caption, job, clip)] = job
+
+    def take(self) -> list[SegmentResult]:
+        """Wait for results and return them."""
+        done: set[Future[Caption]] = set()
+        while not done:  # a wait without a timeout can miss a Ctrl-C
+            done, _ = wait(self.jobs, timeout=0.5, return_when=FIRST_COMPLETED)
+        results = []
+        for future in done:
+            job = self.jobs.pop(future)
+            try:
+                result: Caption | Failure = future.result()
+            except LLMStoppedError as error:
+                self.errors.append(error)
+                continue
+            except (LLMRejectedError, AnswerError) as error:
+                result = to_failure(job.request, f"{job.request.path}: {error}", stage="caption")
+            results.append(SegmentResult(job.index, job.num_segments, result))
+        return results
+
+    def raise_error(self) -> None:
+        """Raise the first error after which no further request is possible, if there is one."""
+        if self.errors:
+            raise self.errors[0]
+
+
+def _own_parameters(request: CaptionRequest, span: tuple[float | None, float | None]) -> dict[str, Any]:
+    """Return the parameters that `salmonn serve` has beyond OpenAI's."""
+    start, end = span
+    parameters: dict[str, Any] = {"start": start or None, "end": end, "modality": request.modality}
+    frames = request.frames or FrameOptions()
+    names = {"fps": frames.frames_per_second, "num_frames": frames.num_frames, "max_pixels": frames.max_pixels}
+    if options := {name: value for name, value in names.items() if value is not None}:
+        parameters["mm_processor_kwargs"] = options
+    return {name: value for name, value in parameters.items() if value is not None}

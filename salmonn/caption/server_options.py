@@ -1,0 +1,68 @@
+"""Options of captioning through an OpenAI-compatible server, read by command lines before anything slow is imported."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from salmonn.config import MAY_CHANGE
+from salmonn.media.frame_sampling import UniformSampler
+from salmonn.score.config import LLMConfig
+
+# What a clip is sent as: the video file with its sound, the file and its sound as a WAV, or frames and the WAV.
+ServerInput = Literal["video", "video+audio", "frames"]
+TOKEN_CAP_FLAG = "--max-tokens-total"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to caption through an OpenAI-compatible server.
+
+    Args:
+        server: address of an OpenAI-compatible server that captions instead of a local model, such as
+            http://localhost:8000/v1; the API key is read from the environment variable OPENAI_API_KEY.
+        server_model: name of the model on the server.
+        server_input: what the server is sent: frames (JPEG images with their times, and the audio as WAV), video (the
+            file with its sound), video+audio (the file, and its audio as WAV); auto tries video, video+audio and
+            frames, and takes the first that the server accepts and with which the model hears.
+        server_frame_format: format of frames.
+        server_max_pixels: maximum area of a frame in pixels.
+        concurrency: maximum number of concurrent requests to the server; it is approached step by step.
+        timeout_seconds: time limit per request to the server.
+        retry_seconds: how long a request is retried while the server is busy, failing or unreachable.
+        max_requests: spend cap: maximum number of requests to the server in a run, retries included.
+        max_tokens_total: spend cap: maximum number of tokens in a run, in prompts and captions.
+        allow_deaf: caption even if the model does not hear.
+    """
+
+    server: str | None = None
+    server_model: str | None = None
+    server_input: Literal["auto", "video", "video+audio", "frames"] = "auto"
+    server_frame_format: Literal["jpeg", "png"] = "jpeg"
+    server_max_pixels: int = 200_704
+    concurrency: int = field(default=16, metadata=MAY_CHANGE)
+    timeout_seconds: float = field(default=600.0, metadata=MAY_CHANGE)
+    retry_seconds: float = field(default=600.0, metadata=MAY_CHANGE)
+    max_requests: int | None = field(default=None, metadata=MAY_CHANGE)
+    max_tokens_total: int | None = field(default=None, metadata=MAY_CHANGE)
+    allow_deaf: bool = False
+
+    def __post_init__(self) -> None:
+        if self.server is None:
+            return
+        self.llm_config()
+        if self.server_max_pixels < UniformSampler.min_pixels:
+            raise ValueError(
+                f"server_max_pixels must be at least {UniformSampler.min_pixels}, got {self.server_max_pixels}"
+            )
+
+    def llm_config(self) -> LLMConfig:
+        """Return the settings of the client; raises a ValueError if one is invalid."""
+        return LLMConfig(
+            model=self.server_model or "",
+            base_url=self.server,
+            concurrency=self.concurrency,
+            structured="always",
+            timeout_seconds=self.timeout_seconds,
+            retry_seconds=self.retry_seconds,
+            max_requests=self.max_requests,
+            max_tokens=self.max_tokens_total,
+        )
