@@ -68,7 +68,7 @@ def require_hearing(generator: Generator, *, remedy: str, prompt: str | None = P
 
 def write_probe_clips(folder: Path) -> tuple[Path, Path]:
     """Write two clips with the same frames, one with beeps and one with noise, and return their paths."""
-    config = SynthConfig(size_pixels=_SIDE)
+    config = SynthConfig(size_pixels=_SIDE, fps=5)
     rate = config.sample_rate_hz
     ramp = np.linspace(60, 200, _SIDE).astype(np.uint8)
     image = np.stack([np.broadcast_to(ramp, (_SIDE, _SIDE)), np.broadcast_to(ramp[:, None], (_SIDE, _SIDE))], axis=-1)

@@ -37,8 +37,8 @@ from salmonn.score.llm_protocol import ChatRequest, ChatResponse, Choice
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOKENS = 1024
-# One frame per second. A file that is sent as a whole is read for its audio, and to find damage.
-_SAMPLER = UniformSampler(interval_seconds=1.0, min_frames=8, max_frames=64, budget_fraction=0.0)
+# One frame per second, in its own size up to a maximum. Of a file that is sent as a whole, audio and damage are read.
+_SAMPLER = UniformSampler(interval_seconds=1.0, min_frames=8, max_frames=64, budget_fraction=0.0, factor=1)
 _ONE_FRAME = replace(_SAMPLER, min_frames=1, max_frames=1)
 _CUT_REASONS = ("length", "content_filter")
 

@@ -80,7 +80,7 @@ def _choose_input(captioner: ServerCaptioner, modality: Modality, *, cuts_files:
         try:
             hearing = probe_hearing(captioner, modality=modality)
         except LLMRejectedError as error:
-            rejected = rejected or error
+            rejected = error
             continue
         if hearing.heard is None:
             logger.warning(

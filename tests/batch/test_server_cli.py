@@ -1,0 +1,105 @@
+"""`salmonn caption --server`: a real process that is killed and resumed, interrupted, and out of budget."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from salmonn.records import Caption, read_records
+from tests.caption.served_model import captioner, describe
+from tests.launch import forked, kill
+from tests.limits import STEP_SECONDS, wait_until
+from tests.score.fake_llm_server import Answer
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(server, folder, out, *flags):
+    model = ["--server", server.url, "--server-model", "m", "--server-input", "frames"]
+    return ["caption", folder, "--out", out, "--workers", 1, *model, *flags]
+
+
+def count_lines(out: Path) -> int:
+    return out.read_bytes().count(b"\n") if out.exists() else 0
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT"])
+def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
+    """Each video is captioned once; after Ctrl-C, replies in flight are saved, too."""
+    out = tmp_path / "captions.jsonl"
+    is_held, is_released = [False], [False]
+
+    def script(request, number):
+        if number >= 9 and not is_released[0]:  # four of the probe, five videos
+            is_held[0] = True
+            wait_until(lambda: is_released[0])
+        return Answer(describe(request))
+
+    server = serve(script)
+    process = subprocess.Popen(
+        forked(BIN / "salmonn", *command(server, folder, out, "--concurrency", 2)),
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    wait_until(lambda: process.poll() is not None or (is_held[0] and count_lines(out) >= 5))
+    assert process.poll() is None, process.stderr.read()
+    before = out.read_bytes()
+    if end == "SIGKILL":
+        kill(process)
+        is_released[0] = True
+    else:
+        process.send_signal(signal.SIGINT)
+        while "waiting for replies in flight" not in process.stderr.readline():
+            assert process.poll() is None
+        is_released[0] = True
+        assert process.wait(STEP_SECONDS) == 130
+        assert count_lines(out) >= 6
+    done = read_records(out, Caption)
+    num_requests = len(server.requests)
+    code, _, err = call(*command(server, folder, out))
+    assert code == 0 and f"{len(done)} videos already done, skipped" in err
+    assert out.read_bytes().startswith(before)
+    captions = read_records(out, Caption)
+    assert len(captions) == len({one.video for one in captions}) == 10
+    assert len(server.requests) == num_requests + 4 + 10 - len(done)
+    process.stderr.close()
+
+
+def test_a_run_out_of_budget_is_resumed(folder, serve, call, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    server = serve(captioner())
+    limited = command(server, folder, out, "--max-requests", 8, "--quiet")
+    for number, (done, is_complete) in enumerate([(4, False), (8, False), (10, True)]):
+        code, _, err = call(*limited)
+        assert (code, count_lines(out)) == (0 if is_complete else 2, done), (number, err)
+        if not is_complete:
+            assert err.startswith(
+                "error: the cap of 8 requests is reached (8 requests, 80 tokens in this run). Finished"
+            )
+            assert err.count("\n") == 1
+    assert len({one.video for one in read_records(out, Caption)}) == 10
+    assert len(server.requests) == 8 + 8 + 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--server-model", "m"], "--server-model has no effect without --server"),
+        (["--allow-deaf"], "--allow-deaf has no effect without --server"),
+        (
+            ["--server", "http://localhost:1/v1", "--model", "x"],
+            "--model is for local models; remove it, or remove --server",
+        ),
+        (["--server", "http://localhost:1/v1", "--batch-size", "2"], "--batch-size is for local models"),
+        (["--server", "http://localhost:1/v1"], "--server needs the name of a model on it: pass --server-model"),
+        (["--server", "localhost:1", "--server-model", "m"], "must be an address such as http://localhost:8000/v1"),
+        (["--server", "http://127.0.0.1:9/v1", "--server-model", "m"], "http://127.0.0.1:9/v1 cannot be reached: "),
+    ],
+)
+def test_mistakes_are_one_sentence(folder, call, tmp_path, flags, message):
+    code, out, err = call("caption", folder, "--out", tmp_path / "captions.jsonl", *flags)
+    assert code == 2 and not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "captions.jsonl").exists()
