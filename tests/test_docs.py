@@ -26,6 +26,7 @@ import pytest
 from salmonn.records import Caption, Reference, read_records, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig, make_clips
+from tests.caption.served_model import captioner, is_about_a_clip
 from tests.launch import forked
 from tests.limits import RUN_SECONDS, STEP_SECONDS
 from tests.score.fake_llm_server import rule_judge_script
@@ -128,7 +129,7 @@ def stage(known, random_plus, serve, tmp_path):
     for video in sorted((known / "videos").glob("*.mp4"))[:2]:
         shutil.copy(video, tmp_path / "home" / "Videos")
     write_benchmark_data(tmp_path)
-    judge = serve(rule_judge_script)
+    judge = serve(judge_or_caption)
     programs = {name: SHIM for name in FOREIGN} | {"torchrun": TORCHRUN}
     programs |= {name: FORKED.format(shlex.join(forked(BIN / name))) for name in ("python", "salmonn")}
     for name, text in programs.items():
@@ -158,6 +159,11 @@ def stage(known, random_plus, serve, tmp_path):
 
     run.folder, run.environment, run.port = tmp_path, environment, free_port()
     return run
+
+
+def judge_or_caption(request, number):
+    """The script of the server at http://localhost:8000/v1: it judges captions, and makes some."""
+    return (captioner() if is_about_a_clip(request) else rule_judge_script)(request, number)
 
 
 def free_port():

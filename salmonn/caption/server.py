@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from salmonn.caption.adaptive_limit import AdaptiveLimit
@@ -26,8 +27,10 @@ from salmonn.caption.generator import (
     to_failure,
 )
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
+from salmonn.caption.segments import BoundsStore, FixedSegments, SegmentRule
 from salmonn.caption.server_messages import DEFAULT_PROMPTS, EncodedClip, encode_clip, to_messages
 from salmonn.caption.server_options import TOKEN_CAP_FLAG, ServerInput, ServerOptions
+from salmonn.caption.shape import Shape, shape_captions
 from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import FrameOptions, UniformSampler
 from salmonn.records import Caption, Failure, Modality
@@ -102,9 +105,11 @@ class ServerCaptioner:
         self,
         requests: Iterable[CaptionRequest],
         *,
-        segment_seconds: float | None = None,
+        segments: SegmentRule | None = None,
+        store: BoundsStore | None = None,
         batch_size: int | None = None,
         reader: ClipReader | None = None,
+        shape: Shape | None = None,
     ) -> Iterator[list[SegmentResult]]:
         """See `Captioner.caption_batches`; results come as the server answers, and `batch_size` has no effect.
 
@@ -113,15 +118,15 @@ class ServerCaptioner:
         Raises:
             LLMStoppedError: no further request is possible.
         """
-        if segment_seconds is not None and segment_seconds != math.inf:
+        if segments is not None and segments != FixedSegments(math.inf):
             self._require_frames("segments")
         jobs = (ClipJob(index, request, self.read_spec(request)) for index, request in enumerate(requests))
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
             pool = ThreadPoolExecutor(self.options.concurrency)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            in_flight = _InFlight(pool, self._caption_one)
-            batches = reader.batches(jobs, size=1, finish=self._encode, segment_seconds=segment_seconds)
+            in_flight = _InFlight(pool, partial(self._caption_one, shape=shape))
+            batches = reader.batches(jobs, size=1, finish=self._encode, segments=segments, store=store)
             try:
                 yield from self._send_all(batches, in_flight)
             except (LLMStoppedError, KeyboardInterrupt) as error:
@@ -154,11 +159,21 @@ class ServerCaptioner:
             yield in_flight.take()
             in_flight.raise_error()
 
-    def _caption_one(self, job: ClipJob, clip: EncodedClip) -> Caption:
+    def _caption_one(self, job: ClipJob, clip: EncodedClip, *, shape: Shape | None = None) -> Caption:
         # A segment is cut as it was read: the last one is open.
-        spec = job.read_spec
-        (caption,) = self._caption(job.request, clip, span=(spec.start_seconds, spec.end_seconds))
-        return caption
+        span = (job.read_spec.start_seconds, job.read_spec.end_seconds)
+        if shape is None:
+            (caption,) = self._caption(job.request, clip, span=span)
+            return caption
+
+        def answer(asked: Sequence[tuple[int, CaptionRequest]]) -> list[Caption | str]:
+            return [self._caption(request, clip, span=span)[0] for _, request in asked]
+
+        request = replace(job.request, prompt=job.request.prompt or DEFAULT_PROMPTS[clip.modality])
+        (shaped,) = shape_captions(shape, [(request, clip.seconds)], answer=answer)
+        if isinstance(shaped, str):
+            raise AnswerError(shaped)
+        return shaped
 
     def read_spec(self, request: CaptionRequest) -> ReadSpec:
         """Return what is read of a request's file; raises a ValueError if the server would be sent too much of it."""

@@ -113,7 +113,7 @@ def _candidates(captioner: ServerCaptioner, modality: Modality, *, cuts_files: b
         return ("video",) if captioner.is_own else ("frames",) if needs_frames else ("video", "video+audio", "frames")
     if chosen != "frames" and needs_frames:
         raise ValueError(
-            f"--server-input {chosen} sends whole files, and --start, --end, --segment-seconds, --frames and "
+            f"--server-input {chosen} sends whole files, and --start, --end, --segments, --frames and "
             "--modality need a part of them; use --server-input frames"
         )
     return (chosen,)

@@ -47,11 +47,13 @@ class EncodedClip:
     Args:
         parts: parts of the user's message.
         modality: what they contain.
+        seconds: length of the clip.
         is_complete, warnings: see `Clip`.
     """
 
     parts: tuple[Part, ...]
     modality: Modality
+    seconds: float
     is_complete: bool = True
     warnings: tuple[str, ...] = ()
 
@@ -80,7 +82,7 @@ def encode_clip(
     if clip.waveform is not None and not (has_file and server_input == "video"):
         parts.append(audio_part(clip.waveform))
     modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
-    return EncodedClip(tuple(parts), modality, clip.is_complete, clip.warnings)
+    return EncodedClip(tuple(parts), modality, clip.duration_seconds, clip.is_complete, clip.warnings)
 
 
 def image_part(frame: np.ndarray, frame_format: Literal["jpeg", "png"]) -> Part:

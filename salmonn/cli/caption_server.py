@@ -60,7 +60,7 @@ def load_server(values: Namespace) -> "ServerCaptioner":
 
     if dist.world_size() > 1:
         raise ValueError("--server needs one process, whose requests run concurrently: start it without torchrun")
-    parts = (values.start, values.end, values.segment_seconds, values.frames)
+    parts = (values.start, values.end, values.segments, values.frames)
     return connect_captioner(
         server_options(values),
         modality=values.modality,

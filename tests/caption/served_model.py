@@ -16,6 +16,11 @@ def content_of(request: dict[str, Any]) -> list[dict[str, Any]]:
     return next(message["content"] for message in request["messages"] if isinstance(message["content"], list))
 
 
+def is_about_a_clip(request: dict[str, Any]) -> bool:
+    """Return whether a request has a clip."""
+    return any(isinstance(message["content"], list) for message in request["messages"])
+
+
 def images_of(request: dict[str, Any]) -> list[np.ndarray]:
     """Decode the images of a request, each (H, W, 3)."""
     urls = [part["image_url"]["url"] for part in content_of(request) if part["type"] == "image_url"]

@@ -11,11 +11,14 @@ import pytest
 import tenacity
 
 from salmonn.caption.generator import CaptionRequest, Generator, Sampling, Span
+from salmonn.caption.length import WordRange
 from salmonn.caption.loader import ClipReader
+from salmonn.caption.segments import FixedSegments
 from salmonn.caption.server import AnswerError, ServerCaptioner
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_messages import DEFAULT_PROMPTS
 from salmonn.caption.server_options import ServerOptions
+from salmonn.caption.shape import CaptionShape, Shape
 from salmonn.media.clip import read_clip
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Caption, Failure
@@ -228,7 +231,7 @@ def test_segments_and_files_that_cannot_be_read(serve, videos, tmp_path):
     captioner = open_captioner(server)
     requests = [CaptionRequest(path, sampling=GREEDY) for path in (tmp_path / "broken.mp4", videos[0])]
     with ClipReader(workers=1) as reader:
-        batches = captioner.caption_batches(requests, segment_seconds=3.0, reader=reader)
+        batches = captioner.caption_batches(requests, segments=FixedSegments(3.0), reader=reader)
         results = [one for batch in batches for one in batch]
     assert len(results) == 4 and len(server.requests) == 3
     (failure,) = [one.result for one in results if isinstance(one.result, Failure)]
@@ -236,7 +239,7 @@ def test_segments_and_files_that_cannot_be_read(serve, videos, tmp_path):
     spans = sorted((one.result.start_seconds, one.num_segments) for one in results if isinstance(one.result, Caption))
     assert spans == [(0.0, 3), (3.0, 3), (6.0, 3)]
     with pytest.raises(ValueError, match="--server-input video sends whole files, without segments; use frames"):
-        next(open_captioner(server, server_input="video").caption_batches(requests, segment_seconds=3.0))
+        next(open_captioner(server, server_input="video").caption_batches(requests, segments=FixedSegments(3.0)))
     with pytest.raises(ValueError, match="sends whole files, without spans"):
         open_captioner(server, server_input="video").generate([replace(requests[1], span=Span(1.0))])
 
@@ -399,3 +402,21 @@ def test_the_key_is_sent_and_not_recorded(serve, videos, monkeypatch):
 def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         ServerOptions(**options)
+
+
+def test_shaped_captions(serve, videos):
+    """A caption of the wrong length is asked for again, as an answer to the first one."""
+
+    def script(request, number):
+        answers = [message["content"] for message in request["messages"] if message["role"] == "assistant"]
+        return Answer("Too short." if not answers else "A circle moves to the left and then leaves.")
+
+    server = serve(script)
+    shape = Shape({"caption": CaptionShape(words=WordRange(5, 12), trigger="ohwx")})
+    (caption,) = run(open_captioner(server), videos[:1], shape=shape)
+    assert caption.text == "ohwx, A circle moves to the left and then leaves."
+    assert caption.shaping["caption"].length == "asked_again" and len(server.requests) == 2
+    first, second = (content_of(request)[-1]["text"] for request in server.requests)
+    assert first == second == f"{DEFAULT_PROMPTS['both']}\nWrite 5 to 12 words."
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "Too short."}
+    assert "Your text has 2 words" in server.requests[1]["messages"][2]["content"]

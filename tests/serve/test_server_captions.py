@@ -44,7 +44,7 @@ def test_captions_are_those_of_the_local_model(start, call, videos, random_model
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--segment-seconds", 3, "--export", "srt", "--logprobs"),
+        ("--segments", 3, "--export", "srt", "--logprobs"),
         ("--start", 1.5, "--end", 4, "--modality", "audio"),
         ("--frames", 4, "--modality", "visual", "--prompt", "What moves?", "--stop", "e"),
     ],
