@@ -78,7 +78,7 @@ def test_a_run_out_of_budget_is_resumed(folder, serve, call, tmp_path):
         assert (code, count_lines(out)) == (0 if is_complete else 2, done), (number, err)
         if not is_complete:
             # The last answer may still be in flight.
-            cap = r"error: the cap of 8 requests is reached \(8 requests, [78]0 tokens in this run\). Finished captions are"
+            cap = r"error: the cap of 8 requests is reached \(8 requests, [78]0 tokens in this run\). Finished captions"
             assert re.match(cap, err)
             assert err.count("\n") == 1
     assert len({one.video for one in read_records(out, Caption)}) == 10
