@@ -101,6 +101,8 @@ class Processor:
         Raises:
             ValueError: there is no tokenizer, or it belongs to another model.
         """
+        # It reads config.json and checks the parts that are not used here, such as Qwen-Omni's talker.
+        logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError) as error:

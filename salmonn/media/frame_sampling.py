@@ -157,20 +157,78 @@ class UniformSampler:
         return first + numbers * seconds / num_frames
 
     def frame_size(self, height: int, width: int, num_sampled: int) -> tuple[int, int]:
-        """See `FrameSampler`. Rounds as `smart_resize` of Qwen2.5-VL's processor in transformers."""
+        """See `FrameSampler`."""
         max_pixels = float(self.max_pixels)
         if self.budget_fraction and 1 < num_sampled < self.max_frames:
             max_pixels = self.budget_fraction * self.max_frames / num_sampled * self.max_pixels
         max_pixels = min(max_pixels, self.frame_pixels or math.inf)
-        rows, columns = (max(round(side / self.factor), 1) * self.factor for side in (height, width))
-        # Two divisions in a row, as there: one division would round differently where a side comes out whole.
-        if rows * columns > max_pixels:
-            shrink = math.sqrt(height * width / max_pixels)
-            return tuple(max(math.floor(side / shrink / self.factor), 1) * self.factor for side in (height, width))  # type: ignore[return-value]
-        if rows * columns < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            return tuple(math.ceil(side * grow / self.factor) * self.factor for side in (height, width))  # type: ignore[return-value]
-        return rows, columns
+        return smart_resize(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.min_pixels,
+            max_pixels=min(max_pixels, self.frame_pixels or math.inf),
+        )
+
+
+@dataclass(frozen=True)
+class EvenCountSampler:
+    """Frames of Qwen2.5-Omni: an even number, evenly spaced from the first to the last, within a pixel budget.
+
+    Rules and defaults are those of `process_mm_info` in qwen-omni-utils, with which the published captioners are run.
+
+    Args:
+        frames_per_second: rate.
+        min_frames, max_frames: minimum (if the video has that many) and maximum number of frames.
+        min_pixels, max_pixels: limits of a frame's area.
+        total_pixels: maximum area of all frames together, half of which counts as two frames are merged; frames are not
+            scaled below 1.05 * min_pixels for it.
+        factor: divisor of height and width: patch size times merge size.
+        num_frames: number of frames instead of a rate; a video with fewer gives all it has.
+    """
+
+    frames_per_second: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 100_352
+    max_pixels: int = 602_112
+    total_pixels: int = 90_316_800
+    factor: int = 28
+    num_frames: int | None = None
+
+    def with_options(self, options: FrameOptions) -> "EvenCountSampler":
+        """See `FrameSampler`."""
+        options.check(max_frames=self.max_frames)
+        changed = self
+        if options.max_pixels is not None:
+            if options.max_pixels < self.min_pixels:
+                raise ValueError(f"max_pixels is {options.max_pixels}; the minimum of this model is {self.min_pixels}")
+            changed = replace(changed, max_pixels=min(self.max_pixels, options.max_pixels))
+        if options.frames_per_second is not None:
+            return replace(changed, frames_per_second=options.frames_per_second, min_frames=2)
+        return replace(changed, num_frames=options.num_frames or self.num_frames)
+
+    def count_wanted(self, seconds: float) -> int:
+        """Return the number of frames that the rate asks for in a video of this duration."""
+        return int(max(seconds * self.frames_per_second + 1e-6, self.min_frames)) // 2 * 2  # 7.9999999 are 8
+
+    def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
+        """See `FrameSampler`."""
+        most = min(self.max_frames, num_frames)
+        count = min(self.num_frames or max(min(self.count_wanted(seconds), most // 2 * 2), 1), most)
+        # As torch.linspace computes it, in float32 from both ends, so that halves are rounded to the same frame.
+        step = np.float32((num_frames - 1) / max(count - 1, 1))
+        index = np.arange(count, dtype=np.float32)
+        numbers = np.where(index < count // 2, step * index, np.float32(num_frames - 1) - step * (count - 1 - index))
+        numbers = numbers.round() if count > 1 else np.zeros(1)
+        return first + numbers * seconds / num_frames
+
+    def frame_size(self, height: int, width: int, num_sampled: int) -> tuple[int, int]:
+        """See `FrameSampler`."""
+        share = max(min(self.max_pixels, self.total_pixels / num_sampled * 2), int(self.min_pixels * 1.05))
+        return smart_resize(
+            height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=min(self.max_pixels, share)
+        )
 
 
 @dataclass(frozen=True)
@@ -260,3 +318,19 @@ class IntervalBudgetSampler(BudgetSampler):
         count = min(max(round(seconds * self.frames_per_second), self.min_frames), self.max_frames)
         numbers = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
         return first + numbers * seconds / num_frames
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """Return height and width that are multiples of `factor`, with an area within limits and nearly the same aspect.
+
+    Rounds as `smart_resize` of Qwen2.5-VL's processor in transformers.
+    """
+    rows, columns = (max(round(side / factor), 1) * factor for side in (height, width))
+    # Two divisions in a row, as there: one division would round differently where a side comes out whole.
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return tuple(max(math.floor(side / shrink / factor), 1) * factor for side in (height, width))  # type: ignore[return-value]
+    if rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))  # type: ignore[return-value]
+    return rows, columns

@@ -1,11 +1,12 @@
 """Vision and audio towers: the pretrained encoders of transformers, with the parts around them.
 
 SigLIP (video-SALMONN 2) or the vision transformer of Qwen2.5-VL (2+) or Qwen3-VL for frames; Whisper, a window
-Q-Former and a projection to the language model's width for audio.
+Q-Former and a projection to the language model's width for audio, or the audio encoder of Qwen-Omni alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +194,27 @@ class AudioTower(nn.Module):
         if self.adds_chunk_positions:
             parts = tuple(part + chunk_positions(len(part), part.shape[-1]).to(part)[:, None] for part in parts)
         return [part.flatten(0, 1) for part in parts]
+
+
+class UnpaddedAudioTower(nn.Module):
+    """Encoder of log-mel features of any length (Qwen-Omni), which it cuts into chunks and projects to width D itself.
+
+    Args:
+        encoder: audio encoder of transformers.
+        count_tokens: number of tokens of a number of mel frames.
+    """
+
+    def __init__(self, encoder: Any, *, count_tokens: Callable[[int], int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.count_tokens = count_tokens
+
+    def forward(self, mels: Sequence[Tensor]) -> list[Tensor]:
+        """Encode each clip's log-mel features (1, M, T_i) to (count_tokens(T_i), D)."""
+        lengths = [mel.shape[-1] for mel in mels]
+        features = torch.cat([mel[0] for mel in mels], dim=1).to(self.encoder.dtype)
+        tokens = self.encoder(features, feature_lens=torch.tensor(lengths, device=features.device)).last_hidden_state
+        return list(tokens.split([self.count_tokens(length) for length in lengths]))
 
 
 def chunk_positions(num_chunks: int, width: int) -> Tensor:

@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from transformers.models.qwen3_vl import video_processing_qwen3_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_video
 
 from salmonn.media.frame_sampling import (
     BudgetSampler,
+    EvenCountSampler,
     FixedRateSampler,
     FrameOptions,
     IntervalBudgetSampler,
@@ -75,7 +77,7 @@ def test_sizes_are_those_of_qwen3_vls_processor(size, num_sampled, capped):
     if capped:  # as `Qwen3VLVideoProcessor.resize` with cap_pixels_per_frame
         most = num_sampled * max(min(768 * 32 * 32, most // num_sampled), int(4096 * 1.05))
     sampler = BudgetSampler() if capped else BudgetSampler(frame_pixels=None)
-    assert sampler.frame_size(*size, num_sampled) == video_processing_qwen3_vl.smart_resize(
+    assert sampler.frame_size(*size, num_sampled) == smart_resize_video(
         num_sampled, *size, factor=32, min_pixels=4096, max_pixels=most
     )
 
@@ -88,7 +90,7 @@ def test_d_orca_samples_the_published_frames(num_frames, rate):
     count = min(max(round(num_frames / rate / 0.5), 1), 128)
     published = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
     assert np.floor((times - 5.0) * rate + 0.5).astype(int).tolist() == published.tolist()
-    assert sampler.frame_size(720, 1280, 90) == video_processing_qwen3_vl.smart_resize(
+    assert sampler.frame_size(720, 1280, 90) == smart_resize_video(
         90, 720, 1280, factor=32, min_pixels=784, max_pixels=128 * 176_400
     )
 
@@ -164,3 +166,48 @@ def test_max_pixels_limits_each_frame():
 def test_impossible_options_are_refused(sampler, options, message):
     with pytest.raises(ValueError, match=message):
         sampler.with_options(FrameOptions(**options))
+
+
+def published_even_count(num_frames: int, rate: float) -> list[int]:
+    """Return the numbers of the frames that qwen-omni-utils samples, two per second."""
+    count = min(max(num_frames / rate * 2.0, 4), 2 * (min(768, num_frames) // 2), num_frames)
+    return torch.linspace(0, num_frames - 1, 2 * int(count // 2)).round().long().tolist()
+
+
+@pytest.mark.parametrize(("num_frames", "rate"), [*VIDEOS[1:], (5, 25.0), (9_999, 29.97), (301, 10.0), (100_000, 24.0)])
+def test_even_counts_are_the_published_frames(num_frames, rate):
+    times = EvenCountSampler().sample_times(3.0, num_frames / rate, num_frames)
+    assert np.rint((times - 3.0) * rate).astype(int).tolist() == published_even_count(num_frames, rate)
+    assert len(times) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (FrameOptions(), [0, 4, 9, 13, 17, 22, 26, 30, 35, 39]),
+        (FrameOptions(frames_per_second=0.5), [0, 39]),
+        (FrameOptions(num_frames=3), [0, 20, 39]),
+        (FrameOptions(num_frames=100), list(range(40))),
+    ],
+)
+def test_even_counts_follow_a_request(options, expected):
+    """A video of 40 frames in 5 s; 39 / 2 is rounded to the even number."""
+    times = EvenCountSampler().with_options(options).sample_times(0.0, 5.0, 40)
+    assert np.rint(times * 8).astype(int).tolist() == expected
+
+
+def test_even_counts_of_a_single_frame():
+    assert EvenCountSampler().sample_times(0.0, 0.04, 1).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (1080, 1920), (96, 96), (480, 640), (333, 777)])
+@pytest.mark.parametrize("num_sampled", [4, 120, 400, 768])
+def test_sizes_of_even_counts_are_those_of_qwen(size, num_sampled):
+    """Of all options of a captioner: 512 tokens in two frames, and 25,600 in all, but not much below 128."""
+    sampler = EvenCountSampler(max_pixels=512 * 784, total_pixels=25_600 * 784)
+    most = min(max(min(512 * 784, 25_600 * 784 / num_sampled * 2), int(128 * 784 * 1.05)), 512 * 784)
+    assert sampler.frame_size(*size, num_sampled) == smart_resize(
+        *size, factor=28, min_pixels=128 * 784, max_pixels=most
+    )
+    smaller = sampler.with_options(FrameOptions(max_pixels=200_000))
+    assert np.prod(smaller.frame_size(*size, 4)) <= 200_000

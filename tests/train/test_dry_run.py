@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from salmonn.caption.processor import Processor
-from salmonn.model.families import PUBLISHED_CONFIGS, get_family
+from salmonn.model.families import PUBLISHED_CONFIGS
 from salmonn.model.loading import Placement, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.train import memory as memory_plan
@@ -44,6 +44,10 @@ PARAMETERS = {
     "Qwen/Qwen3-VL-4B-Instruct": (4_022_468_096, 4_437_815_808 - 4_022_468_096),
     "tsinghua-ee/D-ORCA-8B-0210": (8_190_735_360, 8_767_123_696 - 8_190_735_360),
     "Qwen/Qwen3-VL-8B-Instruct": (8_190_735_360, 8_767_123_696 - 8_190_735_360),
+    # The decoder of Qwen2.5 3B with output embeddings of its own.
+    "Qwen/Qwen2.5-Omni-3B": (3_085_938_688 + 151_936 * 2048, 668_684_288),
+    "Qwen/Qwen2.5-Omni-7B": (7_615_616_512, 676_550_144),
+    "AVoCaDO-Captioner/AVoCaDO": (7_615_616_512, 676_550_144),
     "tsinghua-ee/video-SALMONN-2": (7_615_616_512, None),
     "3B": (3_085_938_688, 668_684_288),
     "7B": (7_615_616_512, 676_550_144),
@@ -68,11 +72,16 @@ def test_parameters_of_the_published_models(model):
     assert counts["language model"].total == decoder and counts["language model"].trained == 0
     num_vision = sum(value.numel() for value in network.vision.parameters())
     assert vision in (None, num_vision)
-    norm = 2 * 1280 if config.family == "salmonn2" else 0
-    assert counts["audio encoder"].total == (WHISPER_LARGE_ENCODER + norm if get_family(config).hears else 0)
     # r (in + out) for queries, keys and values of each layer.
     text = config.lm.get("text_config") or config.lm
     width = text["hidden_size"]
+    audio = {
+        "salmonn2": WHISPER_LARGE_ENCODER + 2 * 1280,  # with a norm
+        "salmonn2-plus": WHISPER_LARGE_ENCODER,
+        "d-orca": WHISPER_LARGE_ENCODER,
+        "qwen2.5-omni": WHISPER_LARGE_ENCODER - 1500 * 1280 + 2 * width,  # its positions are no weights; two markers
+    }
+    assert counts["audio encoder"].total == audio.get(config.family, 0)
     head_width = text.get("head_dim") or width // text["num_attention_heads"]
     wide, narrow = (head_width * text[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
     adapter = text["num_hidden_layers"] * 128 * (width + wide + 2 * (width + narrow))
@@ -175,6 +184,9 @@ def test_tokens_by_hand():
         assert tokens.pop(f"Qwen/Qwen3-VL-{size}-Instruct") == 51 * 20 * 11 + text
     # The same frames, of at most 128 * 176,400 / 102 pixels: 19 x 11 squares of 32; and audio.
     assert tokens.pop("tsinghua-ee/D-ORCA-8B-0210") == 51 * 19 * 11 + text + 120
+    # 102 frames of 25,600 * 784 / 51 pixels: 51 steps of 16 x 29 squares of 28, 25 audio tokens a second, 4 markers.
+    for name in ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B", "AVoCaDO-Captioner/AVoCaDO"):
+        assert tokens.pop(name) == 51 * (16 * 29 + 25) + 4
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
     name = "tsinghua-ee/video-SALMONN2_plus_7B_full"

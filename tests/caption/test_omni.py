@@ -1,0 +1,233 @@
+"""Qwen-Omni against transformers, on random models: inputs, positions, log-probabilities and greedy tokens.
+
+The model is transformers' thinker. Of its processor, the audio part and the methods that lay out tokens run as they
+are; its video processor needs torchvision, so that of it `patchify` alone runs, on frames that are normalized here.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers.video_processing_utils
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import generate
+from salmonn.caption.generator import Sampling
+from salmonn.caption.processor import PromptRow
+from salmonn.media.clip import Clip
+from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
+from salmonn.model.loading import load_config
+from salmonn.model.towers import normalize
+from salmonn.train.feature_cache import FeatureCache
+from tests.omni_models import Published, make_clip, make_qwen2_5_omni
+
+PROMPT, ANSWER = "Describe the video.", "a red circle moves"
+CLIPS = {
+    "video and audio": make_clip(frames=10, audio_seconds=5.0),
+    "audio shorter than the video": make_clip(frames=10, audio_seconds=0.4, seed=1),
+    "audio longer than the video": make_clip(frames=4, audio_seconds=7.43, seed=2),
+    "video": make_clip(frames=6, seed=3),
+    "audio": make_clip(audio_seconds=3.217, seed=4),
+}
+CLIP_TEXTS = {
+    (True, True): "<|vision_bos|><|VIDEO|><|vision_eos|>",
+    (True, False): "<|vision_bos|><|VIDEO|><|vision_eos|>",
+    (False, True): "<|audio_bos|><|AUDIO|><|audio_eos|>",
+}
+SYSTEM = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A clip with a prompt and an answer: our inputs and those of transformers."""
+
+    clip: Clip
+    media: ClipInputs
+    ours: ModelInputs
+    theirs: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Published:
+    return make_qwen2_5_omni(tmp_path_factory.mktemp("omni") / "model")
+
+
+@pytest.fixture(scope="module")
+def captioner(published) -> Captioner:
+    return Captioner.load(published.folder)
+
+
+@pytest.fixture(scope="module")
+def video_processor() -> Any:
+    """The class of transformers' video processor, which imports torchvision for methods that are not used here."""
+    assert transformers.video_processing_utils  # imported before, since it must not take the mock for torchvision
+    names = [
+        "torchvision",
+        *(f"torchvision.{name}" for name in ("transforms", "transforms.v2", "transforms.v2.functional")),
+    ]
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+        from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    return Qwen2VLVideoProcessor
+
+
+@pytest.fixture(scope="module")
+def cases(captioner, published) -> dict[str, Case]:
+    return {name: make_case(captioner, published, clip) for name, clip in CLIPS.items()}
+
+
+def make_case(captioner: Captioner, published: Published, clip: Clip) -> Case:
+    media = captioner.processor.clip_inputs(clip)
+    ours = captioner.processor.collate([PromptRow(0, PROMPT, ANSWER)], [media])
+    text = (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+        f"{CLIP_TEXTS[clip.has_video, clip.has_audio]}{PROMPT}<|im_end|>\n<|im_start|>assistant\n{ANSWER}<|im_end|>"
+    )
+    theirs = published.process(text, grid=media.grid if clip.has_video else None, waveform=clip.waveform)
+    if clip.has_video:
+        theirs["pixel_values_videos"] = normalize(media.pixels)
+    return Case(clip, media, ours, theirs)
+
+
+def token_ids(captioner: Captioner, inputs: ModelInputs) -> list[int]:
+    """Return the ids of a row with those of the clip's markers, which have placeholders in our inputs."""
+    layout = inputs.layouts[0]
+    video, audio = captioner.processor.config.placeholder_ids
+    num_audio = len(layout) - layout.num_visual - len(layout.timestamp_ids)
+    source = [video] * layout.num_visual + [audio] * num_audio + list(layout.timestamp_ids)
+    clip = iter(source[index] for index in layout.order.tolist())
+    return [next(clip) if token in (video, audio) else token for token in inputs.input_ids[0].tolist()]
+
+
+def answers(inputs: dict[str, Any], length: int) -> Iterator[tuple[str, Any]]:
+    """Yield the inputs without the answer."""
+    for name, value in inputs.items():
+        yield name, value[:, :-length] if name in ("input_ids", "attention_mask") else value
+
+
+def test_patches(cases, video_processor):
+    for case in cases.values():
+        if not case.clip.has_video:
+            continue
+        frames = torch.from_numpy(case.clip.frames).permute(0, 3, 1, 2)[None] / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        processor = video_processor.__new__(video_processor)
+        patches, *grid = processor.patchify((frames - mean) / std, 14, 2, 2)
+        assert tuple(grid) == case.media.grid
+        assert (normalize(case.media.pixels) - patches[0]).abs().max() < 1e-5
+
+
+def test_log_mel(cases):
+    for case in cases.values():
+        if case.clip.has_audio:
+            mask = case.theirs["feature_attention_mask"][0].bool()
+            expected = case.theirs["input_features"][:, :, mask]
+            assert case.media.mel.shape == expected.shape
+            assert (case.media.mel - expected).abs().max() < 1e-5
+
+
+def test_token_layout(captioner, cases):
+    for name, case in cases.items():
+        assert token_ids(captioner, case.ours) == case.theirs["input_ids"][0].tolist(), name
+
+
+def test_positions(published, cases):
+    for name, case in cases.items():
+        inputs = case.theirs
+        mask = inputs.get("feature_attention_mask")
+        positions, _ = published.model.get_rope_index(
+            inputs["input_ids"],
+            video_grid_thw=inputs.get("video_grid_thw"),
+            attention_mask=inputs["attention_mask"],
+            use_audio_in_video=inputs.get("use_audio_in_video", False),
+            audio_seqlens=None if mask is None else mask.sum(-1),
+            second_per_grids=inputs.get("video_second_per_grid"),
+        )
+        assert torch.equal(case.ours.position_ids, positions), name
+
+
+@torch.no_grad()
+def test_log_probabilities(captioner, published, cases):
+    for name, case in cases.items():
+        ours = captioner.network(case.ours, distributions=True)
+        logits = published.model(**case.theirs).logits[0, -len(ours) - 1 : -1]
+        assert ours.std() > 0.5  # not the same for all tokens
+        assert (ours - logits.log_softmax(-1)).abs().max() < 1e-4, name
+
+
+def test_greedy_tokens(captioner, published, cases):
+    """Alone with transformers, and here in one batch of all kinds, in which prompts are of different lengths."""
+    num_answer = int((cases["video"].ours.labels != -100).sum())
+    expected = []
+    for case in cases.values():
+        inputs = dict(answers(case.theirs, num_answer))
+        ids = published.model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        expected.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    rows = [PromptRow(index, PROMPT) for index in range(len(cases))]
+    inputs = captioner.processor.collate(rows, [case.media for case in cases.values()])
+    found = generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=12), stop_ids=[-1])
+    assert [[token.id for token in row] for row in found] == expected
+    assert len({tuple(ids) for ids in expected}) > 1
+
+
+@torch.no_grad()
+def test_rows_share_a_prefix_and_features_are_cached(captioner, cases, tmp_path):
+    media = [cases["video and audio"].media, cases["audio"].media]
+    rows = [
+        PromptRow(0, PROMPT, ANSWER),
+        PromptRow(0, PROMPT, "no"),
+        PromptRow(0, "Who?", "a"),
+        PromptRow(1, "?", ANSWER),
+    ]
+    batch = captioner.processor.collate(rows, media)
+    together = captioner.network(batch)
+    for row, logps in zip(rows, together, strict=True):
+        alone = captioner.network(captioner.processor.collate([replace(row, clip=0)], [media[row.clip]]))[0]
+        assert (logps[: len(alone)] - alone).abs().max() < 1e-5
+    cache = FeatureCache(tmp_path, max_bytes=1e9, model="model")
+    for number, tokens in enumerate(captioner.network.encode(media, batch.layouts)):
+        assert cache.save(str(number), ClipFeatures(tokens, batch.layouts[number]))
+    features = [cache.load(str(number)) for number in range(2)]
+    assert [one.layout.text_start for one in features] == [layout.text_start for layout in batch.layouts]
+    cached = captioner.processor.collate(rows, features)
+    assert torch.equal(cached.position_ids, batch.position_ids)
+    assert (captioner.network(cached) - together).abs().max() < 1e-6
+
+
+def test_frames_that_do_not_follow_the_rate_keep_their_real_times(captioner):
+    """6 frames of 12 s are a grid step of 4 s, 100 positions; as published, it counts as one second, 25 positions."""
+    media = captioner.processor.clip_inputs(make_clip(frames=6, seconds=12.0))
+    family = captioner.processor.family
+    ids = [[1], [2]]
+    for published, step in ((False, 100), (True, 25)):
+        times = family.layout(media, timestamp_ids=ids, published_positions=published).positions[0]
+        assert times.unique().tolist() == [0, 1, 1 + step, 1 + 2 * step, 2 + 2 * step]
+
+
+def test_audio_beyond_five_minutes_is_cut_off(captioner):
+    media = captioner.processor.clip_inputs(make_clip(audio_seconds=302.5))
+    assert media.mel.shape[-1] == 30_000
+    assert media.info.warnings == ("ignoring the last 2.5 s of audio; this model takes 300.0 s",)
+
+
+def test_a_few_samples_of_audio_have_one_token(captioner):
+    media = captioner.processor.clip_inputs(make_clip(audio_seconds=0.001))
+    layout = captioner.processor.make_layout(media)
+    assert len(layout) == 3 and layout.positions[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("part", ["audio_config", "vision_config"])
+def test_a_checkpoint_without_a_part_is_rejected(published, tmp_path, part):
+    values = json.loads((published.folder / "config.json").read_text())
+    values["thinker_config"][part] = None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"the thinker's config has no {part}; use a checkpoint that"):
+        load_config(tmp_path)
