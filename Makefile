@@ -26,6 +26,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps openai-whisper==20250625
 	touch $@
 
 test: lint

@@ -76,6 +76,7 @@ ELSEWHERE = {
     "salmonn export run/round_1": "tests/preference/test_export.py",
     "salmonn push": "tests/test_push_cli.py",
     "salmonn reward captions.jsonl": "tests/test_reward_cli.py",
+    "salmonn transcribe": "tests/test_transcribe_cli.py",  # with a model that needs no download
     ".venv/bin/salmonn score predictions.json": "tests/test_score_cli.py",  # a judge that answers as the published one
 }
 

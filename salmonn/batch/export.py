@@ -23,6 +23,7 @@ import numpy as np
 
 from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
 from salmonn.batch.subtitles import SubtitleWriter
+from salmonn.batch.transcripts import Transcript
 from salmonn.records import Caption, Failure, Modality, Shaping, parse_record, temporary_path
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class LatestCaptions:
         for (path, values), counts in zip(self._lines(), self._counts, strict=True):
             if counts:
                 try:
-                    yield parse_record(values, Caption)
+                    yield parse_record(values, Transcript if "speech" in values else Caption)
                 except ValueError as error:
                     raise LedgerError(f"{path}: {error}") from error
 
@@ -177,7 +178,7 @@ def _to_row(caption: Caption) -> dict[str, Any]:
 
 def _write_csv(captions: LatestCaptions, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")  # the words of transcripts
         writer.writeheader()
         for caption in captions:
             writer.writerow(_to_row(caption) | {"warnings": "\n".join(caption.warnings)})

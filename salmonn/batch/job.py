@@ -310,7 +310,11 @@ class _FailureStreak:
 
 @contextmanager
 def show_progress(
-    stats: RunStats, *, count: Callable[[], Iterable[object]] | None, is_shown: bool = True
+    stats: RunStats,
+    *,
+    count: Callable[[], Iterable[object]] | None,
+    is_shown: bool = True,
+    title: str = "captioning",
 ) -> Iterator[Callable[[], None]]:
     """Show a progress bar with clips per minute, time left and failures.
 
@@ -318,6 +322,7 @@ def show_progress(
         stats: counts of the run.
         count: lists the pending videos once more, to count them in a thread; None where that is not possible.
         is_shown: False in all processes but one.
+        title: what is done.
 
     Returns:
         A function that updates the bar from `stats`.
@@ -325,7 +330,7 @@ def show_progress(
     is_over = threading.Event()
     start = time.perf_counter()
     bar = tqdm(
-        desc="captioning",
+        desc=title,
         unit="video",
         disable=not is_shown,
         bar_format=_BAR_WITHOUT_TOTAL,

@@ -185,7 +185,7 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def move_to_backup(files: LedgerFiles) -> list[Path]:
-    """Rename the files of earlier runs to `NAME.old`, or `NAME.old.1` and so on where that exists.
+    """Rename the files of earlier runs; see `backup_path`.
 
     Returns:
         The new names.
@@ -193,12 +193,17 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
     moved = []
     for path in [*files.all_captions(), *files.find(FAILED_SUFFIX), *files.find(SHOTS_SUFFIX), files.job]:
         if path.exists():
-            backup = path.with_name(f"{path.name}.old")
-            numbers = count(1)
-            while backup.exists():
-                backup = path.with_name(f"{path.name}.old.{next(numbers)}")
-            moved.append(path.rename(backup))
+            moved.append(path.rename(backup_path(path)))
     return moved
+
+
+def backup_path(path: Path) -> Path:
+    """Return a name for a backup of a file: `NAME.old`, or `NAME.old.1` and so on where that exists."""
+    backup = path.with_name(f"{path.name}.old")
+    numbers = count(1)
+    while backup.exists():
+        backup = path.with_name(f"{path.name}.old.{next(numbers)}")
+    return backup
 
 
 SegmentGroup = list[dict[str, Any]]  # the parsed lines of one video that were written together

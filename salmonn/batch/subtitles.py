@@ -1,4 +1,4 @@
-"""Write `.txt`, `.srt` and `.vtt` files beside each video, for players and editors.
+"""Write `.txt`, `.srt`, `.vtt` and `.json` files beside each video, for players and editors.
 
 `film.mp4` gets `film.srt`. If two files of a folder share a stem, the first by name (video before audio) gets that, and
 each other one keeps its suffix: `film.mov.srt`. Captions of several named prompts go to a file each: `film.short.srt`.
@@ -7,11 +7,12 @@ that somebody corrected, stay as they are and are reported as failures.
 """
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -27,13 +28,14 @@ from salmonn.batch.ledger_files import (
     read_complete,
     repair_last_line,
 )
+from salmonn.batch.transcripts import Transcript
 from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import AUDIO_SUFFIXES
 from salmonn.media.container import ClipError
 from salmonn.media.index import measured_seconds
 from salmonn.records import Caption, Failure
 
-SubtitleFormat = Literal["txt", "srt", "vtt"]
+SubtitleFormat = Literal["txt", "srt", "vtt", "json"]
 SUBTITLE_FORMATS: tuple[SubtitleFormat, ...] = get_args(SubtitleFormat)
 # Errors that would stop every other file, too.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -195,16 +197,21 @@ def _later_names(folder: Path) -> frozenset[str]:
 
 
 def format_text(captions: Sequence[Caption], name: SubtitleFormat, *, seconds_of: Callable[[str], float]) -> str:
-    """Return the contents of a subtitle file.
+    """Return the contents of a subtitle file; of a transcript, each utterance is a caption.
 
     Args:
-        captions: captions of one video in order of time.
+        captions: captions of one video in order of time, or its transcript.
         name: format.
         seconds_of: returns the duration of a video, 0 if it declares none; called if a caption has no end time.
 
     Raises:
         ClipError: a caption has no end time, and its video no duration.
     """
+    if name == "json":
+        records = [asdict(caption) for caption in captions]
+        is_transcript = isinstance(captions[0], Transcript)
+        return json.dumps(records[0] if is_transcript else records, ensure_ascii=False, indent=2) + "\n"
+    captions = [one for each in captions for one in (each.cues() if isinstance(each, Transcript) else [each])]
     if name == "txt":
         if len(captions) == 1:
             return captions[0].text + "\n"

@@ -19,19 +19,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
+
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
-from salmonn.media.container import ClipError, ClipShape, declared_seconds, declared_shape, open_media
-from salmonn.media.frame_sampling import FrameSampler
+from salmonn.media.container import ClipError, ClipShape, NoAudioError, declared_seconds, declared_shape, open_media
+from salmonn.media.frame_sampling import FixedRateSampler, FrameSampler
 from salmonn.media.index import measured_seconds
 
 Result = TypeVar("Result")
@@ -96,6 +98,21 @@ class LimitedReadSpec(ReadSpec):
         clip = ReadSpec.read(replace(self, end_seconds=min(limit, self.end_seconds or limit)), path)
         check_duration(path, clip.duration_seconds, max_seconds=self.max_seconds)
         return clip
+
+
+@dataclass(frozen=True)
+class AudioReadSpec(ReadSpec):
+    """A `ReadSpec` for audio alone, in which a video without audio is a clip without a waveform."""
+
+    sampler: FrameSampler = field(default_factory=lambda: FixedRateSampler(frames_per_second=1.0))  # not used
+    video: bool = False
+
+    def read(self, path: Path | str) -> Clip:
+        """Read a file; raises what `read_clip` raises."""
+        try:
+            return super().read(path)
+        except NoAudioError:
+            return Clip(str(path), np.zeros((0, 0, 0, 3), np.uint8), np.zeros(0), None, 0.0, 0.0, 0.0)
 
 
 def check_duration(path: Path | str, seconds: float, *, max_seconds: float) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from salmonn.batch.job import CaptionJob, JobConfig, RunStats, VideoResult
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.batch.subtitles import SubtitleWriter
     from salmonn.caption.worker import WorkerLimits
 
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"
@@ -67,7 +68,7 @@ def _dry_run(values: Namespace) -> int:
     from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger_files import LedgerFiles
 
-    listing = _listing(values)
+    listing = list_videos(values)
     with _open_ledger(values, LedgerFiles(values.out, listing.shard), read_only=True) as ledger:
         # Without a limit on failures: folders that cannot be listed are counted as they are in a run.
         job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
@@ -77,7 +78,7 @@ def _dry_run(values: Namespace) -> int:
     videos, gib = plural(len(chosen), "video"), sum(chosen) / (1 << 30)
     total = len(sizes) + job.stats.done_before + job.stats.failed_before + job.stats.failed
     sys.stdout.write(f"would caption {videos} ({gib:.2f} GiB) of {total}\n")
-    _report_skipped(job.stats, listing, LedgerFiles(values.out, listing.shard), sys.stdout)
+    report_skipped(job.stats, listing, LedgerFiles(values.out, listing.shard), sys.stdout)
     return 0
 
 
@@ -103,31 +104,20 @@ def _print_captions(captions: Sequence[Caption]) -> None:
 def _caption(values: Namespace, *, to_stdout: bool) -> int:
     """Run this process's share; return the number of videos without a caption, or with a failed part."""
     from salmonn.batch.dataset import write_dataset
-    from salmonn.batch.export import TABLES, LatestCaptions, export_table
     from salmonn.batch.job import CaptionJob
-    from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles
-    from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
+    from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.caption.worker import WorkerLimits
 
-    listing = _listing(values)
+    listing = list_videos(values)
     files = LedgerFiles(values.out, listing.shard)
     ledger = _open_ledger(values, files)
     config, limits = job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
     with ledger, ExitStack() as stack:
         dataset = _open_dataset(values, files)
-        _report_state(ledger)
-        subtitles = None
-        if formats := [name for name in SUBTITLE_FORMATS if name in values.export]:
-            subtitles = stack.enter_context(
-                SubtitleWriter(
-                    formats,
-                    log=files.subtitles,
-                    logs=files.find(SUBTITLES_SUFFIX),
-                    folder=values.subtitle_dir,
-                    replace=values.replace_subtitles,
-                    limits=limits,
-                )
-            )
+        report_state(ledger)
+        subtitles = subtitle_writer(values, files, limits)
+        if subtitles:
+            stack.enter_context(subtitles)
         job = CaptionJob(
             ledger,
             is_retry=values.retry_failed,
@@ -138,19 +128,14 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
         )
         speed = _run(job, ledger, listing, values=values, config=config, limits=limits)
         job.finish()
-        if tables := [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]:
-            latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
-            for suffix in tables:
-                export_table(latest, files.captions.with_suffix(suffix))
-                if not values.quiet:
-                    sys.stderr.write(f"wrote {files.captions.with_suffix(suffix)}\n")
+        write_tables(values, files)
         if dataset:
             num_written = write_dataset(files, values.dataset_layout, dataset)
             if not values.quiet:
                 sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset}\n")
     if not values.quiet:
-        _report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
-        _report_skipped(job.stats, listing, files, sys.stderr)
+        report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
+        report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before
 
 
@@ -163,6 +148,36 @@ def _open_dataset(values: Namespace, files: "LedgerFiles") -> Path | None:
     path = shard_path(Path(values.dataset_layout.file), files.shard)
     check_dataset(path, files, replace=values.replace_subtitles)
     return path
+
+
+def subtitle_writer(values: Namespace, files: "LedgerFiles", limits: "WorkerLimits") -> "SubtitleWriter | None":
+    """Return what writes the files that --export asks for beside the videos."""
+    from salmonn.batch.ledger_files import SUBTITLES_SUFFIX
+    from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
+
+    formats = [name for name in SUBTITLE_FORMATS if name in values.export]
+    if not formats:
+        return None
+    return SubtitleWriter(
+        formats,
+        log=files.subtitles,
+        logs=files.find(SUBTITLES_SUFFIX),
+        folder=values.subtitle_dir,
+        replace=values.replace_subtitles,
+        limits=limits,
+    )
+
+
+def write_tables(values: Namespace, files: "LedgerFiles") -> None:
+    """Write the tables that --export asks for beside --out."""
+    from salmonn.batch.export import TABLES, LatestCaptions, export_table
+
+    if tables := [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]:
+        latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
+        for suffix in tables:
+            export_table(latest, files.captions.with_suffix(suffix))
+            if not values.quiet:
+                sys.stderr.write(f"wrote {files.captions.with_suffix(suffix)}\n")
 
 
 def _run(
@@ -222,7 +237,8 @@ def _run(
     return speed + (f" ({reader.waited_seconds / seconds:.0%} of the time waiting for files)" if reader else "")
 
 
-def _listing(values: Namespace) -> "VideoListing":
+def list_videos(values: Namespace) -> "VideoListing":
+    """Return the listing of this process's videos."""
     from salmonn import dist
     from salmonn.batch.discovery import Shard, VideoListing
 
@@ -265,7 +281,8 @@ def _fingerprint_folder(folder: Path, name: str) -> dict[str, str]:
     return {name: state.hexdigest()}
 
 
-def _report_state(ledger: "Ledger") -> None:
+def report_state(ledger: "Ledger") -> None:
+    """Print what was renamed or repaired before the run."""
     if ledger.moved:
         sys.stderr.write(f"old files renamed to {', '.join(str(path) for path in ledger.moved)}\n")
     if ledger.num_cut_bytes:
@@ -275,19 +292,23 @@ def _report_state(ledger: "Ledger") -> None:
         )
 
 
-def _report_results(stats: "RunStats", out: str, speed: str, *, may_export: Sequence[str]) -> None:
-    captions, failed = plural(stats.captions, "caption"), plural(stats.failed, "video")
+def report_results(
+    stats: "RunStats", out: str, speed: str, *, may_export: Sequence[str], noun: str = "caption", verb: str = "caption"
+) -> None:
+    """Print how much was written, with a noun and a verb for it."""
+    captions, failed = plural(stats.captions, noun), plural(stats.failed, "video")
     if stats.videos or stats.failed:
         sys.stderr.write(f"{captions} written to {out}, {failed} failed{speed}\n")
     else:
-        sys.stderr.write(("" if may_export else "nothing to do: ") + "no videos left to caption\n")
+        sys.stderr.write(("" if may_export else "nothing to do: ") + f"no videos left to {verb}\n")
     if stats.incomplete:
-        sys.stderr.write(f"{plural(stats.incomplete, 'caption')} of damaged or truncated files (complete: false)\n")
+        sys.stderr.write(f"{plural(stats.incomplete, noun)} of damaged or truncated files (complete: false)\n")
     if stats.misshapen:
         sys.stderr.write(f"{plural(stats.misshapen, 'caption')} without the requested length or words (see shaping)\n")
 
 
-def _report_skipped(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", stream: TextIO) -> None:
+def report_skipped(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", stream: TextIO) -> None:
+    """Print which videos and files were skipped."""
     if stats.done_before:
         stream.write(f"{plural(stats.done_before, 'video')} already done, skipped\n")
     if stats.failed_before:

@@ -38,7 +38,7 @@ def caption_parser() -> FlagParser:
         "that are already in --out are skipped: after an interruption, run the same command to resume. A file that "
         "cannot be captioned is listed in captions.failed.jsonl and does not stop the run; the exit code is then 1."
     )
-    _add_input_options(parser)
+    add_input_options(parser)
     _add_generation_options(parser)
     add_shape_options(parser)
     _add_output_options(parser)
@@ -48,7 +48,8 @@ def caption_parser() -> FlagParser:
     return parser
 
 
-def _add_input_options(parser: FlagParser) -> None:
+def add_input_options(parser: FlagParser, *, verb: str = "caption") -> None:
+    """Add the choice of videos; the verb says what is done with them."""
     group = parser.add_argument_group("Input")
     group.add_argument("paths", nargs="*", type=str, help="video or audio files, or folders of them")
     listed = "file with one path per line, or separated by NUL bytes as by find -print0 (-: stdin)"
@@ -56,8 +57,8 @@ def _add_input_options(parser: FlagParser) -> None:
     globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
     group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
     group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
-    group.add_argument("--limit", type=int | None, default=None, help="caption at most N videos in this run")
-    group.add_argument("--dry_run", action="store_true", help="only count the videos that would be captioned")
+    group.add_argument("--limit", type=int | None, default=None, help=f"{verb} at most N videos in this run")
+    group.add_argument("--dry_run", action="store_true", help="only count the videos that are left to do")
     group.add_argument("--retry_failed", action="store_true", help="only retry videos that failed in earlier runs")
     group.add_argument("--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)")
 
@@ -110,15 +111,20 @@ def _add_output_options(parser: FlagParser) -> None:
 def _add_processing_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Speed and limits")
     group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
+    add_reading_options(group)
+    group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
+    group.add_argument(
+        "--ray_actors", type=int | None, default=None, help="models on the Ray cluster (default: one per GPU)"
+    )
+
+
+def add_reading_options(group: Any) -> None:
+    """Add the processes that read files, and their limits, to an argument group."""
     group.add_argument(
         "--workers", type=int | None, default=None, help="processes that decode files (0: decode in this process)"
     )
     group.add_argument("--read_seconds", type=float, default=900.0, help="time limit for decoding a file")
     group.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
-    group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
-    group.add_argument(
-        "--ray_actors", type=int | None, default=None, help="models on the Ray cluster (default: one per GPU)"
-    )
 
 
 def check_options(values: Namespace) -> None:

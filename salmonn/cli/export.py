@@ -25,7 +25,7 @@ def export_parser() -> FlagParser:
     )
     parser.add_argument(
         "--to", nargs="+", type=str, required=True, help="file names that end in .csv (in a spreadsheet, import as "
-        "text), .parquet or .jsonl; or txt, srt, vtt for subtitle files"
+        "text), .parquet or .jsonl; or txt, srt, vtt, json for files beside the videos"
     )  # fmt: skip
     preset_help = (
         "list videos and captions in the columns of this preset (see salmonn caption --preset list), in a file "

@@ -36,6 +36,7 @@ from salmonn.cli.score import (
     score_parser,
 )
 from salmonn.cli.serve import run_serve, serve_parser
+from salmonn.cli.transcribe import run_transcribe, transcribe_parser
 from salmonn.cli.votes import run_votes, votes_parser
 from salmonn.config import FlagParser
 from salmonn.synthetic.render import SynthConfig, make_clips
@@ -127,6 +128,7 @@ Command = tuple[Callable[[], FlagParser], Callable[[Namespace], int], str]
 COMMANDS: dict[str, Command] = {
     "caption": (caption_parser, run_caption, "caption videos, or ask a question about each"),
     "export": (export_parser, run_export, "export captions to a table, or to subtitles beside the videos"),
+    "transcribe": (transcribe_parser, run_transcribe, "transcribe the speech of videos, with the time of each word"),
     "score": (score_parser, run_score, "score captions against reference events"),
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),

@@ -38,6 +38,10 @@ class ClipError(ValueError):
     """A video that cannot be read; the message names the file, the cause and what to do."""
 
 
+class NoAudioError(ClipError):
+    """A video without audio, of which only the audio was requested."""
+
+
 class DecodeError(Exception):
     """A stream cannot be decoded. Used inside `salmonn.media` only; `read_clip` catches it."""
 
@@ -98,7 +102,7 @@ def open_media(
         strict: make the video decoder report damage that it would otherwise conceal.
 
     Raises:
-        ClipError: the file cannot be opened, or has none of the requested streams.
+        ClipError: the file cannot be opened, or has none of the requested streams (NoAudioError: it is a silent video).
     """
     _check_file(Path(path))
     # A playlist may contain URLs: libav may open local files only.
@@ -125,7 +129,9 @@ def open_media(
             f"{path}: there is no decoder for its video; convert it to H.264, or caption its audio (--modality audio)"
         )
     if video_stream is None and audio_stream is None:
-        raise ClipError(f"{path}: {_explain_missing(container, video=video, audio=audio)}")
+        is_silent = not video and not _candidates(container, "audio") and bool(_candidates(container, "video"))
+        error_type = NoAudioError if is_silent else ClipError
+        raise error_type(f"{path}: {_explain_missing(container, video=video, audio=audio)}")
     flags = Flags(container.format.flags)
     return MediaFile(
         path=str(path),
