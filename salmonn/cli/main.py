@@ -23,6 +23,7 @@ from salmonn.cli.evaluate import eval_parser, run_eval
 from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.options import WRONG_USAGE
 from salmonn.cli.push import push_parser, run_push
+from salmonn.cli.report import report_parser, run_report
 from salmonn.cli.reward import reward_parser, run_reward
 from salmonn.cli.reward_benchmark import benchmark_parser, run_benchmark
 from salmonn.cli.score import (
@@ -129,6 +130,7 @@ COMMANDS: dict[str, Command] = {
     "caption": (caption_parser, run_caption, "caption videos, or ask a question about each"),
     "export": (export_parser, run_export, "export captions to a table, or to subtitles beside the videos"),
     "transcribe": (transcribe_parser, run_transcribe, "transcribe the speech of videos, with the time of each word"),
+    "report": (report_parser, run_report, "write an HTML page to look through captions, with pictures"),
     "score": (score_parser, run_score, "score captions against reference events"),
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),

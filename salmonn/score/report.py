@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from salmonn.records import Caption, Event, EventModality, JudgeInfo, Reference, Score, Unscored, write_text
+from salmonn.records import Caption, Event, EventModality, Failure, JudgeInfo, Reference, Score, Unscored, write_text
 from salmonn.score.highlight import Highlight, Quote, find_missed_events, highlight_caption, locate_quotes
 from salmonn.score.judge import restrict_to_span
 from salmonn.score.metrics import Rates, compute_measures
@@ -90,7 +90,7 @@ def write_report(path: Path, report: Report) -> None:
     scale = max([1e-9, *(high for _, high in report.intervals.values())])
     clips = _worst_clips(report, path)
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")
-    page = load_template(_FOLDER / "report.html.jinja", percent=_format_percent, span=_format_span).render(
+    page = load_template(_FOLDER / "report.html.jinja", percent=_format_percent, span=format_span).render(
         report=report,
         measures=_measure_rows(report, scale=scale),
         scale=scale,
@@ -149,8 +149,8 @@ def _format_percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _format_span(record: Event | Caption) -> str:
-    """Format the time span of an event or caption, such as 0:03.0-1:05.2; "" if unknown."""
+def format_span(record: Event | Caption | Failure) -> str:
+    """Format the time span of an event, caption or failure, such as 0:03.0-1:05.2; "" if unknown."""
 
     def clock(seconds: float) -> str:
         tenths = round(10 * seconds)
@@ -285,10 +285,7 @@ def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[
 
 
 def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[str, int]:
-    """Embed a small video if it fits into `room` bytes, else link it; return its address and the bytes used.
-
-    Links to videos below the page's folder are relative, so that the folder can be moved.
-    """
+    """Embed a small video if it fits into `room` bytes, else link it; return its address and the bytes used."""
     if not video.is_file():
         return "", 0
     size = video.stat().st_size
@@ -296,8 +293,13 @@ def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[str, int]:
         kind = mimetypes.guess_type(video.name)[0] or "video/mp4"
         data = base64.b64encode(video.read_bytes()).decode()
         return f"data:{kind};base64,{data}", size
+    return link_to_video(video, page=page), 0
+
+
+def link_to_video(video: Path, *, page: Path) -> str:
+    """Return the address of a file for a page: relative if it is below the page's folder, which can then be moved."""
     video, folder = video.resolve(), page.resolve().parent
     if video.is_relative_to(folder):
         # ":" is quoted too, so that no name looks like a URL scheme.
-        return quote(os.path.relpath(video, folder).replace(os.sep, "/")), 0
-    return video.as_uri(), 0
+        return quote(os.path.relpath(video, folder).replace(os.sep, "/"))
+    return video.as_uri()

@@ -1,0 +1,141 @@
+"""The captions and failures of a run as rows to review, with what may be wrong with each."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from salmonn.batch.export import LatestCaptions
+from salmonn.batch.ledger_files import FAILED_SUFFIX, SUBTITLES_SUFFIX, LedgerFiles, in_order, read_complete
+from salmonn.records import Caption, Failure
+from salmonn.score.repetition import count_repeated_words
+from salmonn.score.text_spans import count_words
+
+Issue = Literal["failed", "unfinished", "incomplete", "warnings", "repetitive", "same text", "empty"]
+ISSUES: tuple[Issue, ...] = get_args(Issue)
+ISSUE_MEANINGS: dict[Issue, str] = {
+    "failed": "the video, or a part of it, could not be captioned",
+    "unfinished": "the caption was cut off at the token limit",
+    "incomplete": "the file is damaged: a part of it is missing",
+    "warnings": "something was lost, ignored or guessed when the file was read",
+    "repetitive": "clauses of the caption repeat earlier ones",
+    "same text": "another clip has the same caption",
+    "empty": "the caption has no words",
+}
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ReviewRow:
+    """A caption, or a part of a video that could not be captioned.
+
+    Args:
+        record: the caption or the failure.
+        num_words: number of words; 0 for a failure.
+        issues: what may be wrong with it.
+    """
+
+    record: Caption | Failure
+    num_words: int = 0
+    issues: tuple[Issue, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The caption, or the reason of the failure."""
+        return self.record.text if isinstance(self.record, Caption) else self.record.reason
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was lost, ignored or guessed when the file was read."""
+        return self.record.warnings if isinstance(self.record, Caption) else ()
+
+
+def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
+    """Read the latest captions of a run, and the failures that no later caption has settled.
+
+    Args:
+        paths: captions files of one or more runs; lists of failures and subtitles among them are skipped.
+
+    Raises:
+        ValueError: a file does not exist, holds no captions, or has an invalid line.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file; name JSONL files from `salmonn caption`")
+    named = [path for path in paths if not path.name.endswith((FAILED_SUFFIX, SUBTITLES_SUFFIX))]
+    captions = list(LatestCaptions(in_order(named)))
+    failures = list(_outstanding(named, captions))
+    if not captions and not failures:
+        raise ValueError(f"{paths[0]} contains no captions; name JSONL files from `salmonn caption`")
+    videos_by_text: dict[str, set[str]] = {}
+    for caption in captions:
+        videos_by_text.setdefault(caption.text.strip(), set()).add(caption.video)
+    rows = [to_row(caption, is_repeated=len(videos_by_text[caption.text.strip()]) > 1) for caption in captions]
+    return rows + [ReviewRow(failure, issues=("failed",)) for failure in failures]
+
+
+def to_row(caption: Caption, *, is_repeated: bool = False) -> ReviewRow:
+    """Return a caption as a row; `is_repeated` says that another clip has the same text."""
+    found: dict[Issue, bool] = {
+        "unfinished": not caption.finished,
+        "incomplete": not caption.complete,
+        "warnings": bool(caption.warnings),
+        "repetitive": count_repeated_words(caption.text)[0] > 0,
+        "same text": is_repeated and bool(caption.text.strip()),
+        "empty": not caption.text.strip(),
+    }
+    return ReviewRow(caption, count_words(caption.text), tuple(issue for issue in ISSUES if found.get(issue)))
+
+
+def _outstanding(paths: Sequence[Path], captions: Sequence[Caption]) -> Iterator[Failure]:
+    """Yield the last failure of each part of a video, unless its caption has been written since."""
+    failed: dict[tuple[object, ...], Failure] = {}
+    for files in dict.fromkeys(map(LedgerFiles.of, paths)):
+        for path in files.find(FAILED_SUFFIX):
+            for failure in read_complete(path, Failure):
+                failed[failure.stage == "write", *_part(failure)] = failure
+    captioned = {_part(caption) for caption in captions}
+    yield from (one for (is_write, *part), one in failed.items() if is_write or tuple(part) not in captioned)
+
+
+def _part(record: Caption | Failure) -> tuple[object, ...]:
+    return record.video, record.size_bytes, record.modified_ns, record.start_seconds or 0.0
+
+
+def find_video(name: str, *, root: Path, captions_dir: Path) -> Path:
+    """Return the file of a caption: its path from `root`, else from the folder of the captions file.
+
+    Raises:
+        ValueError: it is remote, or there is no such file.
+    """
+    if _REMOTE.match(name):
+        raise ValueError("the video is remote and is not fetched")
+    for folder in (root, captions_dir):
+        if (path := folder / name).is_file():
+            return path
+    raise ValueError(f"there is no such file, neither in {root.absolute()} nor in {captions_dir.absolute()}")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a histogram: captions with `first` to `last` words."""
+
+    first: int
+    last: int
+    count: int
+
+
+def word_histogram(rows: Sequence[ReviewRow], *, max_bars: int = 24) -> list[Bar]:
+    """Return the number of captions by their number of words, in at most `max_bars` equal steps of 1, 2 or 5 x 10^n."""
+    counts = Counter(row.num_words for row in rows if isinstance(row.record, Caption))
+    if not counts:
+        return []
+    longest = max(counts)
+    step = next(size for power in range(9) for size in (10**power, 2 * 10**power, 5 * 10**power)
+                if longest < max_bars * size)  # fmt: skip
+    bars = Counter({number // step: 0 for number in counts})
+    for number, count in counts.items():
+        bars[number // step] += count
+    return [Bar(step * index, step * (index + 1) - 1, bars[index]) for index in range(longest // step + 1)]
