@@ -22,13 +22,13 @@ from salmonn.batch.review import ISSUE_MEANINGS, ReviewRow, find_video, word_his
 from salmonn.batch.thumbnails import submit_thumbnail, to_data_url
 from salmonn.caption.loader import ClipReader
 from salmonn.media.container import ClipError
-from salmonn.records import Caption, write_text
+from salmonn.records import Caption, Modality, write_text
 from salmonn.score import report as score_report
 from salmonn.templates import load_template
 
 _FOLDER = Path(__file__).parent
 _IMAGES_PER_BLOCK = 200  # the page parses a block of thumbnails when it first shows one of them
-_SEEN_AND_HEARD = {"both": "video and audio", "visual": "video only", "audio": "audio only"}
+_SEEN_AND_HEARD: Mapping[Modality, str] = {"both": "video and audio", "visual": "video only", "audio": "audio only"}
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def make_thumbnails(
     pending: list[Future[bytes] | str] = []
     links = []
     for row in rows:
-        one = row.record
-        key, link, result = (one.video, one.start_seconds, one.end_seconds), "", None
+        one, link = row.record, ""
+        key = (one.video, one.start_seconds, one.end_seconds)
+        result: Future[bytes] | str | None = None
         try:
             path = find_video(one.video, root=root, captions_dir=captions_dir)
             link = score_report.link_to_video(path, page=page)

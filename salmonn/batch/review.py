@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from salmonn.batch.export import LatestCaptions
-from salmonn.batch.ledger_files import FAILED_SUFFIX, SUBTITLES_SUFFIX, LedgerFiles, in_order, read_complete
+from salmonn.batch.ledger_files import (
+    FAILED_SUFFIX,
+    SHOTS_SUFFIX,
+    SUBTITLES_SUFFIX,
+    LedgerFiles,
+    in_order,
+    read_complete,
+)
 from salmonn.records import Caption, Failure
 from salmonn.score.repetition import count_repeated_words
 from salmonn.score.text_spans import count_words
@@ -56,7 +63,7 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
     """Read the latest captions of a run, and the failures that no later caption has settled.
 
     Args:
-        paths: captions files of one or more runs; lists of failures and subtitles among them are skipped.
+        paths: captions files of one or more runs; lists of failures, subtitles and shots among them are skipped.
 
     Raises:
         ValueError: a file does not exist, holds no captions, or has an invalid line.
@@ -64,7 +71,7 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file; name JSONL files from `salmonn caption`")
-    named = [path for path in paths if not path.name.endswith((FAILED_SUFFIX, SUBTITLES_SUFFIX))]
+    named = [path for path in paths if not path.name.endswith((FAILED_SUFFIX, SUBTITLES_SUFFIX, SHOTS_SUFFIX))]
     captions = list(LatestCaptions(in_order(named)))
     failures = list(_outstanding(named, captions))
     if not captions and not failures:
