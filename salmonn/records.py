@@ -136,6 +136,34 @@ class Shaping:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """How one caption was made from those of the segments of a video.
+
+    Args:
+        writer: "rule", or the model that wrote it.
+        num_segments: number of segments with a caption.
+        num_missing_segments: number of segments that could not be captioned, which the caption lacks.
+        num_requests: number of requests to the model, repairs included.
+        judge: judge that compared the caption with those of the segments; None if none did.
+        num_facts: number of facts in the captions of the segments; facts that neighbours share count once.
+        lost, changed, added: facts that the caption lacks, states wrongly or out of order, and statements that no
+            segment's caption has.
+        source: hash of what it was made from.
+    """
+
+    writer: str = "rule"
+    num_segments: int = 1
+    num_missing_segments: int = 0
+    num_requests: int = 0
+    judge: str | None = None
+    num_facts: int | None = None
+    lost: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Caption:
     """Answer of a model to a prompt about a video.
 
@@ -160,6 +188,7 @@ class Caption:
         num_tokens: number of these tokens; None if not recorded.
         captions: where the video was captioned with several named prompts, the text for each; `text` is the first.
         shaping: how a requested length or requested words were met, by name of the prompt ("caption" if there is one).
+        fusion: how it was made from the captions of segments; None for an answer of a model about the video.
     """
 
     video: str
@@ -182,6 +211,7 @@ class Caption:
     num_tokens: int | None = None
     captions: dict[str, str] = field(default_factory=dict, hash=False)
     shaping: dict[str, Shaping] = field(default_factory=dict, hash=False)
+    fusion: Fusion | None = None
 
 
 @dataclass(frozen=True)

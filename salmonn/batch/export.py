@@ -24,7 +24,7 @@ import numpy as np
 from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.batch.transcripts import Transcript
-from salmonn.records import Caption, Failure, Modality, Shaping, parse_record, temporary_path
+from salmonn.records import Caption, Failure, Fusion, Modality, Shaping, parse_record, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,8 @@ def _to_row(caption: Caption) -> dict[str, Any]:
     """Return the columns of a table; mappings by name of the prompt become JSON, or "" if they are empty."""
     row = asdict(caption)
     return row | {
-        name: json.dumps(row[name], ensure_ascii=False) if row[name] else "" for name in ("captions", "shaping")
+        name: json.dumps(row[name], ensure_ascii=False) if row[name] else ""
+        for name in ("captions", "shaping", "fusion")
     }
 
 
@@ -205,6 +206,7 @@ def _write_parquet(captions: LatestCaptions, path: Path) -> None:
         tuple[str, ...]: pyarrow.list_(pyarrow.string()),
         dict[str, str]: pyarrow.string(),
         dict[str, Shaping]: pyarrow.string(),
+        Fusion | None: pyarrow.string(),
     }
     schema = pyarrow.schema([(field.name, types[field.type]) for field in fields(Caption)])
     rows = map(_to_row, captions)

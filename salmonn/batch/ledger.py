@@ -8,6 +8,7 @@
     captions.job.json          settings that the captions depend on
     captions.subtitles.jsonl   subtitle files as they were written
     captions.shots.jsonl       shots of the videos that are split at their cuts
+    captions.fused.jsonl       one caption of each video, from those of its segments
 
 A killed run leaves complete lines and at most one torn one, which the next run cuts off.
 """

@@ -26,6 +26,7 @@ from salmonn.records import Record, parse_record
 FAILED_SUFFIX = ".failed.jsonl"
 SUBTITLES_SUFFIX = ".subtitles.jsonl"
 SHOTS_SUFFIX = ".shots.jsonl"
+FUSED_SUFFIX = ".fused.jsonl"
 JOB_SUFFIX = ".job.json"
 KEY_BYTES = 16
 MAX_FULL_FILES = 99_999
@@ -191,7 +192,13 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
         The new names.
     """
     moved = []
-    for path in [*files.all_captions(), *files.find(FAILED_SUFFIX), *files.find(SHOTS_SUFFIX), files.job]:
+    for path in [
+        *files.all_captions(),
+        *files.find(FAILED_SUFFIX),
+        *files.find(SHOTS_SUFFIX),
+        *files.find(FUSED_SUFFIX),
+        files.job,
+    ]:
         if path.exists():
             moved.append(path.rename(backup_path(path)))
     return moved

@@ -11,6 +11,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.presets import ExportFormat
 from salmonn.caption.segments import FixedSegments, SegmentRule, ShotDetectorName, ShotSegments
 from salmonn.cli.caption_server import add_server_options, server_options
+from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
 from salmonn.cli.options import add_model_options, add_subtitle_options
 from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
 from salmonn.config import FlagParser
@@ -41,6 +42,7 @@ def caption_parser() -> FlagParser:
     add_input_options(parser)
     _add_generation_options(parser)
     add_shape_options(parser)
+    add_fuse_options(parser)
     _add_output_options(parser)
     _add_processing_options(parser)
     add_model_options(parser)
@@ -152,6 +154,7 @@ def check_options(values: Namespace) -> None:
         raise ValueError(f"--workers must be at least 0, got {values.workers}")
     job_config(values)
     server_options(values)
+    check_fuse_options(values)
     shard = Shard.parse(values.shard) if values.shard else Shard()
     if not values.retry_failed:
         VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard).require_any()

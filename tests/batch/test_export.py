@@ -76,7 +76,9 @@ def test_tables(ledger, tmp_path):
     for name in ("all.csv", "all.parquet", "new/all.jsonl"):
         export_table(latest, tmp_path / name)
     rows = pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pylist()
-    in_table = [row | {"captions": "", "shaping": ""} for row in expected]  # JSON, where there is something
+    in_table = [
+        row | {"captions": "", "shaping": "", "fusion": ""} for row in expected
+    ]  # JSON, where there is something
     in_table[0]["captions"] = json.dumps({"short": ODD, "long": "Ä."}, ensure_ascii=False)
     in_table[0]["shaping"] = (
         '{"short": {"length": "cut", "missing_words": [], "unwanted_words": ["x"], "num_answers": 1, "language": null, '

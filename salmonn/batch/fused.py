@@ -1,0 +1,99 @@
+"""Fused captions of a run, `captions.fused.jsonl`: one line for each video, made from the captions of its segments."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+from salmonn.batch.export import LatestCaptions
+from salmonn.batch.ledger_files import append_records, hash_key, read_complete, repair_last_line
+from salmonn.caption.fusion import FactCheck, FusionError, Writer, fuse
+from salmonn.records import Caption, write_records
+
+
+@dataclass
+class FusionStats:
+    """Counts of a run: videos fused and skipped as fused before, failures, and facts in all fused captions."""
+
+    fused: int = 0
+    fused_before: int = 0
+    failed: int = 0
+    facts: int = 0
+    lost: int = 0
+    changed: int = 0
+    added: int = 0
+
+    def add(self, caption: Caption) -> None:
+        """Count the facts of a fused caption."""
+        if (fusion := caption.fusion) is not None:
+            self.facts += fusion.num_facts or 0
+            self.lost += len(fusion.lost)
+            self.changed += len(fusion.changed)
+            self.added += len(fusion.added)
+
+
+def fuse_captions(
+    captions: LatestCaptions,
+    out: Path,
+    *,
+    settings: str,
+    writer: Writer | None,
+    check: FactCheck | None,
+    on_failure: Callable[[str], object],
+) -> FusionStats:
+    """Write one caption for each video; those whose segments and settings are the same as before are kept.
+
+    Args:
+        captions: captions of segments.
+        out: file of the fused captions, appended to after each video.
+        settings: identifies writer and check.
+        writer, check: see `fuse`.
+        on_failure: called with the reason of each failure; a later run tries these videos again.
+    """
+    stats = FusionStats()
+    repair_last_line(out)
+    before = _sources(out)
+    has_outdated = False
+    for group in captions.by_video():
+        source = _source(group, settings)
+        key = hash_key(group[0].video)
+        if before.pop(key, None) == source:
+            stats.fused_before += 1
+            continue
+        try:
+            fused = fuse(group, writer=writer, check=check)
+        except FusionError as error:
+            stats.failed += 1
+            on_failure(f"{group[0].video} is not fused: {error}")
+            continue
+        assert fused.fusion is not None
+        append_records(out, [replace(fused, fusion=replace(fused.fusion, source=source))])
+        stats.fused += 1
+        has_outdated = True
+    if out.exists() and (has_outdated or before):
+        _drop_outdated(out, set(before))
+    for caption in read_complete(out, Caption) if out.exists() else ():
+        stats.add(caption)
+    return stats
+
+
+def _sources(out: Path) -> dict[bytes, str]:
+    """Return what each video's latest fused caption was made from, by the hash of its path."""
+    if not out.exists():
+        return {}
+    return {hash_key(one.video): one.fusion.source for one in read_complete(out, Caption) if one.fusion is not None}
+
+
+def _source(group: Sequence[Caption], settings: str) -> str:
+    state = blake2b(settings.encode(), digest_size=16)
+    for one in group:
+        state.update(repr((one.video, one.start_seconds, one.end_seconds, one.text, one.modified_ns)).encode())
+    return state.hexdigest()
+
+
+def _drop_outdated(out: Path, gone: set[bytes]) -> None:
+    """Rewrite the file with the last line of each video that still has captions."""
+    last = {hash_key(one.video): number for number, one in enumerate(read_complete(out, Caption))}
+    kept = {number for key, number in last.items() if key not in gone}
+    lines = enumerate(read_complete(out, Caption))
+    write_records(out, (one for number, one in lines if number in kept))

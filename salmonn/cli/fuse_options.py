@@ -1,0 +1,118 @@
+"""Flags of `salmonn caption` for one caption of a whole video from those of its segments, and their run."""
+
+import sys
+from typing import TYPE_CHECKING, Literal, get_args
+
+from jsonargparse import Namespace
+from tqdm import tqdm
+
+from salmonn.cli.options import load_captioner, plural
+from salmonn.config import FlagParser
+from salmonn.score.config import JudgeConfig, JudgeKind
+
+if TYPE_CHECKING:
+    from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.caption.fusion import FactCheck, Writer
+
+FuseKind = Literal["rule", "model", "text-model"]
+_FLAGS = ("fuse_server", "fuse_model", "fuse_judge")
+
+
+def add_fuse_options(parser: FlagParser) -> None:
+    """Add the flags to a parser."""
+    group = parser.add_argument_group(
+        "One caption of a whole video",
+        "With --segments, captions.fused.jsonl gets one caption of each video, with every fact of its segments.",
+    )
+    kinds = (
+        "who writes it: rule puts the captions of the segments one after the other with their times (offline); model "
+        "is the captioning model; text-model is a language model on a server (--fuse alone: rule)"
+    )
+    group.add_argument("--fuse", nargs="?", const="rule", type=FuseKind | None, default=None, help=kinds)
+    server = "OpenAI-compatible server of the text model, such as http://localhost:8000/v1 (default: OpenAI's)"
+    group.add_argument("--fuse_server", type=str | None, default=None, help=server)
+    group.add_argument("--fuse_model", type=str | None, default=None, help="name of the text model on its server")
+    judges = (
+        "count facts that are lost, changed or added, and ask a model once more for a text with such: "
+        f"{', '.join(get_args(JudgeKind))} (the text model; rule only knows synthetic clips)"
+    )
+    group.add_argument("--fuse_judge", type=JudgeKind | None, default=None, help=judges)
+
+
+def check_fuse_options(values: Namespace) -> None:
+    """Raise a ValueError for flags that do not belong together."""
+    given = [f"--{name.replace('_', '-')}" for name in _FLAGS if values[name] is not None]
+    if values.fuse is None:
+        if given:
+            raise ValueError(f"{given[0]} needs --fuse")
+        return
+    if values.segments is None:
+        raise ValueError("--fuse makes one caption from those of segments; add --segments shots, or --segments 10")
+    if str(values.out) == "-":
+        raise ValueError("--fuse needs a file; use --out captions.jsonl instead of --out -")
+    if values.fuse == "model" and values.engine == "ray":
+        raise ValueError("--fuse model runs in one process; use --fuse text-model or rule with --engine ray")
+    needs_model = values.fuse == "text-model" or values.fuse_judge == "openai"
+    if needs_model and not values.fuse_model:
+        raise ValueError("the text model needs its name on the server: add --fuse-model")
+    if not needs_model and (values.fuse_model or values.fuse_server):
+        raise ValueError(f"{given[0]} is for --fuse text-model and --fuse-judge openai; add one of them or remove it")
+    if needs_model:
+        _llm_config(values)
+
+
+def run_fusion(values: Namespace, files: "LedgerFiles") -> int:
+    """Write the fused captions; return the number of videos that failed."""
+    from salmonn.batch.export import LatestCaptions
+    from salmonn.batch.fused import fuse_captions
+    from salmonn.batch.ledger_files import FUSED_SUFFIX
+
+    latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
+    out = files.captions.with_name(files.captions.stem + FUSED_SUFFIX)
+    stats = fuse_captions(
+        latest,
+        out,
+        settings=repr(
+            [values.fuse, values.model if values.fuse == "model" else None, *(values[one] for one in _FLAGS)]
+        ),
+        writer=_writer(values),
+        check=_fact_check(values),
+        on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
+    )
+    if not values.quiet:
+        before = f", {stats.fused_before} there already" if stats.fused_before else ""
+        sys.stderr.write(f"{plural(stats.fused, 'video')} fused in {out}{before}, {stats.failed} failed\n")
+        if values.fuse_judge:
+            sys.stderr.write(
+                f"of {plural(stats.facts, 'fact')}, {stats.lost} lost, {stats.changed} changed; {stats.added} added\n"
+            )
+    return stats.failed
+
+
+def _writer(values: Namespace) -> "Writer | None":
+    from salmonn.caption.fusion import GeneratorWriter
+    from salmonn.caption.text_model import load_text_model, text_model_config
+
+    if values.fuse == "text-model":
+        return load_text_model(text_model_config(url=values.fuse_server, model=values.fuse_model))
+    return GeneratorWriter(load_captioner(values)) if values.fuse == "model" else None
+
+
+def _llm_config(values: Namespace) -> JudgeConfig:
+    return JudgeConfig(model=values.fuse_model, base_url=values.fuse_server, kind="openai")
+
+
+def _fact_check(values: Namespace) -> "FactCheck | None":
+    from salmonn.caption.fusion import FactCheck
+    from salmonn.preference.reward import make_judge, make_llm_client
+    from salmonn.score.events import list_events
+    from salmonn.synthetic.parser import split_caption
+
+    if values.fuse_judge is None:
+        return None
+    config = _llm_config(values) if values.fuse_judge == "openai" else JudgeConfig()
+    client = make_llm_client(config) if config.kind == "openai" else None
+    return FactCheck(
+        make_judge(config),
+        lambda references: list_events(references, client=client, rules=split_caption, attempts=config.attempts)[0],
+    )

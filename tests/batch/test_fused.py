@@ -1,0 +1,150 @@
+"""Fused captions of a run."""
+
+import json
+import os
+import re
+
+import pytest
+
+from salmonn.batch.export import LatestCaptions
+from salmonn.batch.fused import fuse_captions
+from salmonn.records import Caption, read_records, write_records
+from tests.score.fake_llm_server import Answer, FakeLLMServer
+
+
+def captions_of(video, texts):
+    return [
+        Caption(video, text, start_seconds=5.0 * n, end_seconds=5.0 * n + 5, segment=n, num_segments=len(texts))
+        for n, text in enumerate(texts)
+    ]
+
+
+def run(folder, captions, settings="rule"):
+    write_records(
+        folder / "captions.jsonl", [one for video, texts in captions.items() for one in captions_of(video, texts)]
+    )
+    failures: list[str] = []
+    stats = fuse_captions(
+        LatestCaptions([folder / "captions.jsonl"]), folder / "captions.fused.jsonl", settings=settings, writer=None,
+        check=None, on_failure=failures.append,
+    )  # fmt: skip
+    fused = read_records(folder / "captions.fused.jsonl", Caption)
+    return stats, failures, {one.video: one.text for one in fused}
+
+
+def test_only_what_changed_is_fused_again(tmp_path):
+    captions = {"a.mp4": ["One.", "Two."], "b.mp4": ["Three.", "Four."]}
+    stats, failures, texts = run(tmp_path, captions)
+    assert (stats.fused, stats.fused_before, failures) == (2, 0, [])
+    assert texts == {"a.mp4": "At 0:00: One.\nAt 0:05: Two.", "b.mp4": "At 0:00: Three.\nAt 0:05: Four."}
+    captions["b.mp4"][1] = "Five."
+    stats, _, texts = run(tmp_path, captions)
+    assert (stats.fused, stats.fused_before) == (1, 1) and texts["b.mp4"].endswith("Five.")
+    assert len((tmp_path / "captions.fused.jsonl").read_text().splitlines()) == 2
+    del captions["a.mp4"]
+    stats, _, texts = run(tmp_path, captions)
+    assert (stats.fused, stats.fused_before) == (0, 1) and set(texts) == {"b.mp4"}
+    assert run(tmp_path, captions, settings="other")[0].fused == 1
+
+
+def test_a_killed_run_is_resumed(tmp_path):
+    captions = {"a.mp4": ["One.", "Two."], "b.mp4": ["Three.", "Four."]}
+    run(tmp_path, captions)
+    out = tmp_path / "captions.fused.jsonl"
+    os.truncate(out, out.stat().st_size - 9)
+    stats, _, texts = run(tmp_path, captions)
+    assert (stats.fused, stats.fused_before) == (1, 1) and set(texts) == {"a.mp4", "b.mp4"}
+
+
+@pytest.fixture
+def server():
+    """A text model that drops the last caption of each request, until it is told that facts are missing."""
+
+    def script(request, number):
+        prompt = request["messages"][0]["content"]
+        texts = re.findall(r"^\[\S+ - \S+\] (.*)", prompt, re.MULTILINE)
+        return Answer(" ".join(texts if len(request["messages"]) > 1 else texts[:-1]))
+
+    server = FakeLLMServer(script)
+    yield server
+    server.close()
+
+
+def test_the_command_fuses_by_rule(folder, caption, tmp_path, call):
+    """The segments' captions are finished first; the same command again only reports."""
+    video = folder / "0.mp4"
+    code, err = caption(video, "--segments", 2, "--fuse")
+    assert code == 0 and "1 video fused in" in err and "0 failed" in err
+    segments = read_records(tmp_path / "captions.jsonl", Caption)
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    assert fused.video == str(video) and fused.end_seconds == segments[-1].end_seconds
+    assert all(one.text in fused.text for one in segments) and fused.fusion.num_segments == len(segments) > 1
+    code, err = caption(video, "--segments", 2, "--fuse", "rule")
+    assert code == 0 and "0 videos fused" in err and "1 there already" in err
+    assert call("export", tmp_path / "captions.fused.jsonl", "--to", tmp_path / "fused.csv")[0] == 0
+    assert json.loads(json.dumps(fused.text))[:20] in (tmp_path / "fused.csv").read_text()
+
+
+def test_the_command_fuses_by_a_text_model(folder, caption, tmp_path, server, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_clip_captions(folder / "0.mp4", tmp_path, caption)
+    flags = ("--fuse", "text-model", "--fuse-server", server.url, "--fuse-model", "m")
+    code, err = caption(folder / "0.mp4", "--segments", 2, *flags)
+    assert code == 0 and len(server.requests) == 1
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    assert fused.fusion.writer.startswith("m") and "disappears" not in fused.text
+    code, err = caption(folder / "0.mp4", "--segments", 2, *flags, "--fuse-judge", "rule")
+    assert code == 0 and "0 lost, 0 changed; 0 added" in err and len(server.requests) == 2  # the first is remembered
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    assert "disappears" in fused.text and fused.fusion.num_requests == 2
+
+
+def write_clip_captions(video, tmp_path, caption):
+    """Caption a video in segments, and put texts that the rule judge can read in place of the random model's."""
+    assert caption(video, "--segments", 2)[0] == 0
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    texts = [
+        "A red circle appears.",
+        "A low tone is heard.",
+        "The red circle turns blue.",
+        "The blue circle disappears.",
+    ]
+    assert len(captions) == len(texts)
+    lines = (tmp_path / "captions.jsonl").read_text().splitlines()
+    edited = [json.dumps(json.loads(line) | {"text": text}) for line, text in zip(lines, texts, strict=True)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(edited) + "\n")
+
+
+def test_the_captioning_model_fuses(folder, call, tmp_path):
+    """It is asked once about the whole video, with the captions of the segments in the prompt."""
+    out = tmp_path / "captions.jsonl"
+    code, _, err = call("caption", folder / "0.mp4", "--out", out, "--segments", 2, "--fuse", "model", "--workers", 1)
+    assert code == 0, err
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    (first, *_) = read_records(out, Caption)
+    assert fused.fusion.writer == first.model and fused.fusion.num_requests == 1 and fused.text and fused.prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fuse"], "--fuse makes one caption from those of segments; add --segments"),
+        (["--fuse-model", "m"], "--fuse-model needs --fuse"),
+        (["--fuse", "text-model", "--segments", "2"], "add --fuse-model"),
+        (["--fuse", "rule", "--segments", "2", "--fuse-judge", "openai"], "add --fuse-model"),
+        (
+            ["--fuse", "rule", "--segments", "2", "--fuse-server", "http://x/v1"],
+            "--fuse-server is for --fuse text-model",
+        ),
+        (["--fuse", "text-model", "--segments", "2", "--fuse-model", "m", "--fuse-server", "x"], "must be an address"),
+        (["--fuse", "model", "--segments", "2", "--engine", "ray"], "--fuse model runs in one process"),
+    ],
+)
+def test_options_are_checked(folder, caption, flags, message):
+    code, err = caption(folder, *flags)
+    assert code == 2 and message in err
+
+
+def test_stdout_is_refused(folder, call):
+    code, _, err = call("caption", folder, "--out", "-", "--segments", "2", "--fuse")
+    assert code == 2 and "--fuse needs a file" in err
