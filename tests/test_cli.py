@@ -201,7 +201,8 @@ def test_help_is_grouped_and_names_no_types(call):
     _, out, _ = call("caption", "--help")
     headings = re.findall(r"^(\w[^\n]*):$", out, re.MULTILINE)
     assert headings == [
-        "options", "Input", "Prompt and sampling", "Shape of the captions", "Output", "Speed and limits", "Model",
+        "options", "Input", "Prompt and sampling", "Shape of the captions",
+        "One caption of a whole video", "Output", "Speed and limits", "Model",
     ]  # fmt: skip
     assert "type: " not in out and "null" not in out and "Literal" not in out
     assert "{csv,parquet,txt,srt,vtt}" in out and "(default: 20)" in out and "default: False" not in out
