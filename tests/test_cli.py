@@ -202,7 +202,7 @@ def test_help_is_grouped_and_names_no_types(call):
     headings = re.findall(r"^(\w[^\n]*):$", out, re.MULTILINE)
     assert headings == [
         "options", "Input", "Prompt and sampling", "Shape of the captions",
-        "One caption of a whole video", "Output", "Speed and limits", "Model",
+        "One caption of a whole video", "Output", "Speed and limits", "Model", "Server instead of a local model",
     ]  # fmt: skip
     assert "type: " not in out and "null" not in out and "Literal" not in out
     assert "{csv,parquet,txt,srt,vtt}" in out and "(default: 20)" in out and "default: False" not in out

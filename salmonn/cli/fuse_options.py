@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from jsonargparse import Namespace
 from tqdm import tqdm
 
+from salmonn.cli.caption_server import load_server
 from salmonn.cli.options import load_captioner, plural
 from salmonn.config import FlagParser
 from salmonn.score.config import JudgeConfig, JudgeKind
@@ -72,9 +73,7 @@ def run_fusion(values: Namespace, files: "LedgerFiles") -> int:
     stats = fuse_captions(
         latest,
         out,
-        settings=repr(
-            [values.fuse, values.model if values.fuse == "model" else None, *(values[one] for one in _FLAGS)]
-        ),
+        settings=repr([values.fuse, values.server_model or values.model, *(values[one] for one in _FLAGS)]),
         writer=_writer(values),
         check=_fact_check(values),
         on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
@@ -95,7 +94,9 @@ def _writer(values: Namespace) -> "Writer | None":
 
     if values.fuse == "text-model":
         return load_text_model(text_model_config(url=values.fuse_server, model=values.fuse_model))
-    return GeneratorWriter(load_captioner(values)) if values.fuse == "model" else None
+    if values.fuse == "model":
+        return GeneratorWriter(load_server(values) if values.server else load_captioner(values))
+    return None
 
 
 def _llm_config(values: Namespace) -> JudgeConfig:
