@@ -21,7 +21,7 @@ from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, job_config
 from salmonn.cli.caption_server import load_server, server_settings
 from salmonn.cli.fuse_options import run_fusion
-from salmonn.cli.options import SOME_FAILED, garbage_kept, load_captioner, plural
+from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner, plural
 from salmonn.records import Caption
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _run(
             from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
 
             ray_config = RayConfig(values.ray_actors, values.workers, limits)
-            load = partial(load_captioner, values)
+            load = partial(load_batch_captioner, values)
             results = caption_on_cluster(chain(first, pending), load=load, config=config, ray_config=ray_config)
         else:
             workers = default_num_workers(len(first)) if values.workers is None else values.workers
@@ -224,7 +224,7 @@ def _run(
             store = None
             if values.segments == "shots":
                 store = ShotLog(ledger.files, is_done=lambda video: ledger.status(video) == "done")
-            captioner = load_server(values) if values.server else load_captioner(values)
+            captioner = load_server(values) if values.server else load_batch_captioner(values)
             results = caption_videos(captioner, chain(first, pending), config=config, reader=reader, store=store)
         stack.enter_context(closing(results))
         update = stack.enter_context(

@@ -73,6 +73,25 @@ def load_captioner(values: Namespace) -> "Captioner":
         )
 
 
+def load_batch_captioner(values: Namespace) -> "Captioner":
+    """Load the model that the flags describe, also one without a family here; raises like `load_captioner`."""
+    with garbage_kept():
+        from salmonn.caption.generic import is_generic, load_generic
+        from salmonn.model.loading import Placement
+
+    if values.model is None or not is_generic(values.model):
+        return load_captioner(values)
+    own = {"--adapter": values.adapter, "--bits": values.bits, "--published-positions": values.published_positions}
+    if used := [flag for flag, value in own.items() if value]:
+        raise ValueError(f"{used[0]} needs a model with a family (see salmonn models); {values.model} has none")
+    return load_generic(
+        values.model,
+        placement=Placement(**{field.name: values[field.name] for field in fields(Placement)}),
+        reader=values.reader,
+        needs_sound=values.modality != "visual",
+    )
+
+
 def add_judge_options(
     parser: FlagParser, *, seed: int, judge: JudgeKind | None = "rule", model_help: str | None = None
 ) -> None:

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from salmonn import dist
 from salmonn.model.config import CONFIG_FORMAT, SalmonnConfig
-from salmonn.model.families import PUBLISHED_CONFIGS, from_published, get_family
+from salmonn.model.families import FAMILIES, PUBLISHED_CONFIGS, from_published, get_family
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
 from salmonn.model.network import Network
 
@@ -206,6 +206,17 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
         if not placement.bits:
             merge_adapter(network)
     return network.eval()
+
+
+def read_model_type(path: Path | str) -> tuple[str | None, bool]:
+    """Return the model type in the config.json of a model, and whether it belongs to a family here.
+
+    Raises:
+        ValueError: there is no model in the path.
+    """
+    values = _read_config_file(path)
+    is_known = _is_ours(values) or any(family.can_read(values) for family in FAMILIES)
+    return values.get("model_type"), is_known
 
 
 def _read_config_file(path: Path | str) -> dict[str, Any]:

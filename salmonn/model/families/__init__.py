@@ -39,5 +39,6 @@ def from_published(values: dict[str, Any]) -> SalmonnConfig:
     model_type = values.get("config", values).get("model_type")
     known = ", ".join(family.title for family in FAMILIES)
     raise ValueError(
-        f"model type {model_type!r} is not supported; supported are {known}, and models saved by this project (salmonn)"
+        f"model type {model_type!r} is not supported; supported are {known}, and models saved by this project "
+        "(salmonn); salmonn caption also takes other models that transformers loads (docs/published.md)"
     )
