@@ -4,10 +4,14 @@ Transcripts, sidecar files, captions with speech items and prompts share `Speech
 reference (`salmonn.records.Event`), speech is a sentence that quotes the words: see `quote_words`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 DEFAULT_SPEAKER = "a voice"
+MAX_CONTEXT_CHARS = 4000  # of a transcript in a prompt: some five minutes of speech, a thousand tokens
+# What a tokenizer could take for a special token, and characters that no text has.
+_UNSAFE = re.compile(r"[<>\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,35 @@ def speech_within(
             if first is None or is_inside(first, first if one.end_seconds is None else one.end_seconds):
                 found.append(one)
     return found
+
+
+def describe_speech(
+    speech: Sequence[SpeechEvent], start_seconds: float | None, end_seconds: float | None
+) -> tuple[str, bool]:
+    """Write the speech of a span as context for a prompt, with times from the start of the span.
+
+    Args:
+        speech: utterances of the video.
+        start_seconds, end_seconds: the span; None leaves it open at that end.
+
+    Returns:
+        The text, and whether it was cut off at `MAX_CONTEXT_CHARS`, after an utterance.
+    """
+    lines, length, is_cut = [], 0, False
+    for one in speech_within(speech, start_seconds, end_seconds):
+        times = [
+            f"{max(0.0, time - (start_seconds or 0.0)):.1f}"
+            for time in (one.start_seconds, one.end_seconds)
+            if time is not None
+        ]
+        words = " ".join(_UNSAFE.sub(" ", f"{one.speaker}: {one.text}" if one.speaker else one.text).split())
+        line = f"[{'-'.join(times)}] {words}" if times else words
+        length += len(line) + 1
+        if length > MAX_CONTEXT_CHARS:
+            is_cut = True
+            break
+        lines.append(line)
+    if not lines and not is_cut:
+        return "Transcript of the speech: nothing is said.", False
+    title = "Transcript of the speech, with times in seconds (it may have errors):"
+    return "\n".join([title, *lines, *(["..."] if is_cut else [])]), is_cut

@@ -20,11 +20,13 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
+from salmonn.batch.transcripts import NO_TRANSCRIPT, SpeechContext
 from salmonn.caption.generator import BatchCaptioner, CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape
 from salmonn.records import Caption, Failure
+from salmonn.speech import MAX_CONTEXT_CHARS, SpeechEvent, describe_speech
 
 IndexedVideo = tuple[int, VideoFile]  # a video with its number among the pending ones
 
@@ -44,6 +46,7 @@ class JobConfig:
         segments: see `Captioner.caption_batches`.
         batch_size: clips per batch; None: the model's default.
         shape: shape of the captions; None for the answers as they are.
+        context: where the speech of a video is found that is added to its prompts; None adds none.
     """
 
     request: CaptionRequest
@@ -51,6 +54,7 @@ class JobConfig:
     segments: SegmentRule | None = None
     batch_size: int | None = None
     shape: Shape | None = None
+    context: SpeechContext | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
@@ -84,6 +88,7 @@ class RunStats:
         captions: captions written.
         incomplete: those of them whose video, or segment, could not be read completely.
         misshapen: those of them without the requested length or words.
+        without_transcript: those of them made without the transcript that was to be their context.
         videos: videos finished, with or without success.
         failed: videos that failed, at least in part: a segment or a subtitle file counts, too.
         done_before, failed_before: videos skipped because an earlier run finished them; the latter with a failure.
@@ -92,6 +97,7 @@ class RunStats:
     captions: int = 0
     incomplete: int = 0
     misshapen: int = 0
+    without_transcript: int = 0
     videos: int = 0
     failed: int = 0
     done_before: int = 0
@@ -117,6 +123,7 @@ def caption_videos(
     """
     started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
+    speech: dict[int, tuple[tuple[SpeechEvent, ...] | None, str]] = {}
 
     limit = captioner.default_sampling().max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     sampling = replace(config.request.sampling or Sampling(), max_new_tokens=limit)
@@ -125,7 +132,9 @@ def caption_videos(
         for number, (index, video) in enumerate(videos):
             started[number] = (index, video)
             seed = config.request.seed + path_number(video.path)
-            yield replace(config.request, path=Path(video.path), sampling=sampling, seed=seed)
+            speech[number] = config.context.find(video) if config.context else (None, "")
+            spoken, _ = speech[number]
+            yield replace(config.request, path=Path(video.path), sampling=sampling, seed=seed, speech=spoken)
 
     batches = captioner.caption_batches(
         requests(),
@@ -143,7 +152,17 @@ def caption_videos(
                 index, video = started.pop(done.index)
                 ordered = sorted(parts.pop(done.index), key=lambda result: result.start_seconds or 0.0)
                 stamped = (replace(r, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for r in ordered)
-                yield VideoResult(index, video, tuple(stamped))
+                spoken, missing = speech.pop(done.index)
+                yield VideoResult(index, video, tuple(_note_context(r, spoken, missing) for r in stamped))
+
+
+def _note_context(result: Caption | Failure, speech: tuple[SpeechEvent, ...] | None, missing: str) -> Caption | Failure:
+    """Add a warning to a caption whose context is missing, for this reason, or was cut off."""
+    if isinstance(result, Failure):
+        return result
+    if speech is not None and describe_speech(speech, result.start_seconds, result.end_seconds)[1]:
+        missing = f"the transcript in the prompt was cut off after {MAX_CONTEXT_CHARS} characters"
+    return replace(result, warnings=(*result.warnings, missing)) if missing else result
 
 
 class CaptionJob:
@@ -237,6 +256,9 @@ class CaptionJob:
         self.stats.captions += len(captions)
         self.stats.incomplete += sum(not caption.complete for caption in captions)
         self.stats.misshapen += sum(any(not s.is_met for s in caption.shaping.values()) for caption in captions)
+        self.stats.without_transcript += sum(
+            any(warning.startswith(NO_TRANSCRIPT) for warning in caption.warnings) for caption in captions
+        )
         self.stats.failed += bool(failures or unwritten)
         self.stats.videos += 1
         self._streak.add(result.index, None if captions else failures[0].reason)

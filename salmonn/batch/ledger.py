@@ -48,7 +48,11 @@ UNFINISHED: tuple[Status, ...] = ("pending", "failed")
 
 FORMAT = 1  # of the files of a run
 # Hashes in the job file, which would mean nothing in an error message, and what they are hashes of.
-HASHED = {"model_files": "files of the model", "adapter_files": "files of the adapter"}
+HASHED = {
+    "model_files": "files of the model",
+    "adapter_files": "files of the adapter",
+    "transcripts_job": "settings of the transcripts",
+}
 _LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 
 

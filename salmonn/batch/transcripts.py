@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger_files import parse_last_line
 from salmonn.records import Caption, Event, Reference, parse_record
 from salmonn.speech import SpeechEvent, quote_words
 
+NO_TRANSCRIPT = "no transcript"  # start of the warning
 MAX_SIDECAR_BYTES = 16 << 20
 _CUE_TIMES = re.compile(r"((?:\d+:)?\d{1,2}:\d{1,2}[.,]\d{1,3})\s*-->\s*((?:\d+:)?\d{1,2}:\d{1,2}[.,]\d{1,3})")
 _VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]+)>")
@@ -47,6 +49,32 @@ class Transcript(Caption):
             )
             for one in self.speech
         ]
+
+
+class SpeechContext:
+    """Speech as context of captions: from transcripts, or from files beside the videos.
+
+    Args:
+        files: transcripts; None for files beside the videos.
+    """
+
+    def __init__(self, files: "TranscriptFiles | None" = None) -> None:
+        self._files = files
+
+    def find(self, video: VideoFile) -> tuple[tuple[SpeechEvent, ...] | None, str]:
+        """Return the speech of a video as it is now, and an empty text; or None, and why there is none."""
+        if self._files is None:
+            try:
+                speech = read_speech_beside(video.path)
+            except (OSError, ValueError) as error:
+                return None, f"{NO_TRANSCRIPT}: {error}"
+            return speech, "" if speech is not None else f"{NO_TRANSCRIPT} beside the video"
+        transcript = self._files.get(video.path)
+        if transcript is None:
+            return None, f"{NO_TRANSCRIPT} of the video"
+        if (transcript.size_bytes, transcript.modified_ns) != (video.size_bytes, video.modified_ns):
+            return None, f"{NO_TRANSCRIPT} of the video as it is now: it has changed since it was transcribed"
+        return transcript.speech, ""
 
 
 class TranscriptFiles:

@@ -33,6 +33,7 @@ from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Network
 from salmonn.records import Caption, Failure, Modality, atomic_folder
+from salmonn.speech import SpeechEvent
 
 OUT_OF_MEMORY = (
     "does not fit into GPU memory with the model: use a smaller batch_size, a part of the clip (start, end), or put "
@@ -52,6 +53,7 @@ class RequestOptions(TypedDict, total=False):
     system: str | None
     frames: FrameOptions | None
     clip_turn: int
+    speech: tuple[SpeechEvent, ...] | None
 
 
 @dataclass(frozen=True)
@@ -336,8 +338,7 @@ class Captioner:
             answers = iter(self._generate_or_error([one for _, one in usable], [held[index] for index, _ in usable]))
             return [next(answers) if error is None else error for error in errors]
 
-        prompts = [self.resolve_prompt(request).text for request in requests]
-        asked = [replace(request, prompt=prompt) for request, prompt in zip(requests, prompts, strict=True)]
+        asked = [replace(one, prompt=one.prompt or self.default_prompt(one.modality)) for one in requests]
         return shape_captions(
             shape, [(one, clip.seconds) for one, clip in zip(asked, clips, strict=True)], answer=answer
         )
@@ -404,7 +405,7 @@ class Captioner:
         """Return the conversation of a request, with the default prompt in place of empty ones."""
         default = self.default_prompt(request.modality)
         history = [(prompt or default, answer) for prompt, answer in request.history]
-        return Prompt(request.prompt or default, history, request.system, request.clip_turn)
+        return Prompt(request.with_context(request.prompt or default), history, request.system, request.clip_turn)
 
     def read_spec(self, request: CaptionRequest) -> ReadSpec:
         """Return what this model reads of a request's file; raises a ValueError if it cannot take such frames."""
@@ -427,7 +428,7 @@ class Captioner:
         return Caption(
             video=str(request.path),
             text=completion.text,
-            prompt=request.prompt or self.default_prompt(request.modality),
+            prompt=self.resolve_prompt(request).text,
             model=self.name,
             sample=sample,
             finished=completion.finished,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Caption, Failure, FailureStage, Modality
+from salmonn.speech import SpeechEvent, describe_speech
 
 if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner
@@ -95,6 +96,7 @@ class CaptionRequest:
         system: system prompt; None uses the model's own.
         frames: which frames to look at; None uses the model's own rule.
         clip_turn: number of the prompt, counted over history and prompt, that shows the file.
+        speech: speech of the whole file, of which the part in the span is added to the prompt; None adds nothing.
     """
 
     path: Path
@@ -108,6 +110,14 @@ class CaptionRequest:
     system: str | None = None
     frames: FrameOptions | None = None
     clip_turn: int = 0
+    speech: tuple[SpeechEvent, ...] | None = None
+
+    def with_context(self, prompt: str) -> str:
+        """Return a prompt with the transcript of the span, if the speech is given."""
+        if self.speech is None:
+            return prompt
+        text, _ = describe_speech(self.speech, self.span.start_seconds, self.span.end_seconds)
+        return f"{prompt}\n\n{text}"
 
 
 class Generator(Protocol):

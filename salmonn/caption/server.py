@@ -217,6 +217,9 @@ class ServerCaptioner:
     ) -> list[Caption]:
         """Return the captions of a request; a server that sends fewer than asked for is asked again."""
         span = (request.span.start_seconds, request.span.end_seconds) if span is None else span
+        if request.speech is not None:
+            prompt = request.with_context(request.prompt or DEFAULT_PROMPTS[clip.modality])
+            request = replace(request, prompt=prompt, speech=None)
         whole = self._to_chat_request(request, clip, span=span)
         captions: list[Caption] = []
         while len(captions) < request.num_samples:

@@ -143,7 +143,8 @@ class CaptionShape:
             request: request with its prompt.
             values: values of the fields about the clip.
         """
-        first = prompt = fill(self.prompt, values) if self.prompt else request.prompt or ""
+        first = prompt = request.with_context(fill(self.prompt, values) if self.prompt else request.prompt or "")
+        request = replace(request, speech=None)
         draft: Caption | None = None
         if self.refine is not None:
             first = _join(prompt, self._language_request())

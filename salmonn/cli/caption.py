@@ -20,6 +20,7 @@ from tqdm import tqdm
 from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, job_config
 from salmonn.cli.caption_server import load_server, server_settings
+from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
 from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner, plural
 from salmonn.records import Caption
@@ -89,7 +90,8 @@ def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = F
     return Ledger(
         files,
         job={name: values[name] for name in JOB_SETTINGS}
-        | (server_settings(values) if values.server else fingerprint_model(values)),
+        | (server_settings(values) if values.server else fingerprint_model(values))
+        | fingerprint_transcripts(values),
         start_seconds=values.start,
         lines_per_file=values.lines_per_file,
         overwrite=values.overwrite,
@@ -307,6 +309,8 @@ def report_results(
         sys.stderr.write(f"{plural(stats.incomplete, noun)} of damaged or truncated files (complete: false)\n")
     if stats.misshapen:
         sys.stderr.write(f"{plural(stats.misshapen, 'caption')} without the requested length or words (see shaping)\n")
+    if stats.without_transcript:
+        sys.stderr.write(f"{plural(stats.without_transcript, 'caption')} made without a transcript (see warnings)\n")
 
 
 def report_skipped(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", stream: TextIO) -> None:

@@ -11,6 +11,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.presets import ExportFormat
 from salmonn.caption.segments import FixedSegments, SegmentRule, ShotDetectorName, ShotSegments
 from salmonn.cli.caption_server import add_server_options, server_options
+from salmonn.cli.context_options import CONTEXT_SETTINGS, add_context_options, speech_context
 from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
 from salmonn.cli.options import add_model_options, add_subtitle_options
 from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segments", "min_shot", "shot_detector",
     "temperature", "top_p", "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
-    "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS,
+    "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS, *CONTEXT_SETTINGS,
 )  # fmt: skip
 STDOUT = "-"
 TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
@@ -41,6 +42,7 @@ def caption_parser() -> FlagParser:
     )
     add_input_options(parser)
     _add_generation_options(parser)
+    add_context_options(parser)
     add_shape_options(parser)
     add_fuse_options(parser)
     _add_output_options(parser)
@@ -187,6 +189,7 @@ def job_config(values: Namespace) -> "JobConfig":
         segments=_segment_rule(values),
         batch_size=values.batch_size,
         shape=values.shape,
+        context=speech_context(values),
     )
 
 
