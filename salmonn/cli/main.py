@@ -21,6 +21,7 @@ from salmonn.cli.caption_options import caption_parser
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.evaluate import eval_parser, run_eval
 from salmonn.cli.export import export_parser, run_export
+from salmonn.cli.models import models_parser, run_models
 from salmonn.cli.options import WRONG_USAGE
 from salmonn.cli.push import push_parser, run_push
 from salmonn.cli.report import report_parser, run_report
@@ -138,6 +139,7 @@ COMMANDS: dict[str, Command] = {
     "qa": (qa_parser, run_qa, "compute the accuracy of answers to multiple-choice questions"),
     "reward": (reward_parser, run_reward, "rate captions with a reward model"),
     "reward-benchmark": (benchmark_parser, run_benchmark, "measure a judge or reward model on labelled pairs"),
+    "models": (models_parser, run_models, "list model families and known checkpoints, with their memory"),
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
     "votes": (votes_parser, run_votes, "report on people's feedback, export it, or delete that of one person"),
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
