@@ -177,6 +177,7 @@ class Caption:
         start_seconds, end_seconds: the part of the video that was read; None for an open end.
         size_bytes, modified_ns: size and modification time (nanoseconds since 1970) of the file when it was captioned,
             by which a changed file is recognised; None if not recorded.
+        etag: version of a remote file as its store reports it (ETag or content hash); None if it reports none.
         segment, num_segments: index of the captioned segment, and number of segments that the video was split into.
         num_failed_segments: number of segments that could not be captioned.
         complete: False if a part of the video, or of the part that was to be read, is missing: the file is damaged.
@@ -212,6 +213,7 @@ class Caption:
     captions: dict[str, str] = field(default_factory=dict, hash=False)
     shaping: dict[str, Shaping] = field(default_factory=dict, hash=False)
     fusion: Fusion | None = None
+    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Failure:
         reason: the cause, and what to do.
         stage: step that failed: reading the file, generating the caption, or writing it.
         start_seconds, end_seconds: the part of the video; None for an open end.
-        size_bytes, modified_ns: size and modification time of the file, as in `Caption`.
+        size_bytes, modified_ns, etag: version of the file, as in `Caption`.
     """
 
     video: str
@@ -233,6 +235,7 @@ class Failure:
     end_seconds: float | None = None
     size_bytes: int | None = None
     modified_ns: int | None = None
+    etag: str | None = None
 
 
 @dataclass(frozen=True)

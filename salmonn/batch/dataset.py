@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from salmonn.batch.containers import split_member
 from salmonn.batch.discovery import Shard
 from salmonn.batch.export import LatestCaptions, atomic_file
 from salmonn.batch.ledger_files import (
@@ -21,6 +22,7 @@ from salmonn.batch.ledger_files import (
     read_complete,
     repair_last_line,
 )
+from salmonn.batch.remote import is_url
 from salmonn.batch.subtitles import SubtitleFile
 from salmonn.caption.fields import check_template, fill
 from salmonn.caption.presets import DatasetLayout
@@ -137,6 +139,8 @@ def _rows(captions: LatestCaptions, layout: DatasetLayout, folder: Path) -> Iter
 
 
 def _values(caption: Caption, root: Path) -> dict[str, str]:
+    if is_url(caption.video) or split_member(caption.video):
+        raise LedgerError(f"{caption.video} is not a local file, and a dataset file lists those; download the videos")
     video = Path(caption.video)
     if caption.num_segments > 1:
         raise LedgerError(

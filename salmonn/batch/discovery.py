@@ -1,5 +1,7 @@
 """Find the videos to caption: files and folders, named directly or in a list, up to tens of millions of them.
 
+They may be on this machine or remote (`remote`), and inside tar archives and Parquet files (`containers`).
+
     for video in VideoListing(paths=["clips/"], globs=["*.mp4"]).videos(): ...
 
 Only the names of the videos in the folder being walked are held in memory; other files are counted by their suffix.
@@ -20,6 +22,27 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Literal, cast
 
+from salmonn.batch.containers import (
+    MEMBER_SEPARATOR,
+    VIDEO_COLUMN,
+    find_member,
+    is_container,
+    is_tar,
+    parquet_rows,
+    split_member,
+    tar_members,
+)
+from salmonn.batch.remote import (
+    LOCAL_PREFIX,
+    RemoteError,
+    RemoteFile,
+    expand_ahead,
+    expand_braces,
+    is_url,
+    list_folder,
+    look_up,
+    name_of,
+)
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.media.container import ClipError
 from salmonn.records import Failure
@@ -40,13 +63,15 @@ class VideoFile:
     """A file to caption, as it was when it was listed.
 
     Args:
-        path: path as the user named it.
-        size_bytes, modified_ns: as in `Caption`; None if there is no such file.
+        path: path as the user named it, or URL; for a member of a container see `containers`.
+        size_bytes, modified_ns, etag: as in `Caption`; None if there is no such file. A member of a container has its
+            own size, and time and ETag of the container.
     """
 
     path: str
     size_bytes: int | None = None
     modified_ns: int | None = None
+    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,10 +135,12 @@ class VideoListing:
     """The videos to caption.
 
     Args:
-        paths: files, and folders that are searched for known suffixes; hidden files and folders are skipped.
+        paths: files, and folders that are searched for known suffixes; hidden files and folders are skipped. They may
+            be URLs, with `*` for several files, and have braces such as {000..099}.
         list_path: file of such paths, separated by newlines or NUL bytes; "-" is stdin, which can be read only once.
         globs: patterns; a file in a folder has to match one of them, see `matches`.
         shard: part of these videos to list.
+        column: column of the videos in Parquet files.
 
     Attributes:
         skipped: files in folders that `videos` has skipped because of their suffix, of this shard and matching a glob.
@@ -123,12 +150,18 @@ class VideoListing:
     list_path: str | None = None
     globs: Sequence[str] = ()
     shard: Shard = Shard()
+    column: str = VIDEO_COLUMN
     skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False, compare=False)
 
     @property
     def is_read_once(self) -> bool:
-        """Whether the list comes through a pipe and cannot be read a second time."""
-        return self.list_path == STDIN or (self.list_path is not None and not Path(self.list_path).is_file())
+        """Whether the videos cannot be listed a second time, or only with many requests, as remote ones."""
+        if any(is_url(path) for path in self.paths):
+            return True
+        if self.list_path is None or self.list_path == STDIN or not Path(self.list_path).is_file():
+            return self.list_path is not None
+        with Path(self.list_path).open("rb") as file:
+            return is_url(next(_read_list(file), ""))
 
     def require_any(self) -> None:
         """Check that there is at least one video; the contents of a list are checked only as it is read.
@@ -142,11 +175,15 @@ class VideoListing:
             if self.list_path != STDIN and (not Path(self.list_path).exists() or Path(self.list_path).is_dir()):
                 raise ValueError(f"{self.list_path}: there is no such file; --list takes a file with one path per line")
             return
-        existing = [path for path in self.paths if os.path.exists(path)]  # noqa: PTH110 - as in `walk_paths`
+        named = [one for path in self.paths for one in _expand_local(path)]
+        existing = [path for path in named if is_url(path) or os.path.exists(path)]  # noqa: PTH110 - as in `walk_paths`
         if not existing:
             raise ClipError(f"{self.paths[0]}: there is no such file or folder; check the path")
         others = SkippedFiles()
-        if next(walk_paths(existing, self.globs, quiet=True, on_skip=others.add), None) is None:
+        first = next(walk_paths(existing, self.globs, quiet=True, on_skip=others.add, column=self.column), None)
+        if isinstance(first, Failure) and (is_url(first.video) or is_container(first.video)):
+            raise ClipError(first.reason)
+        if first is None:
             matching = f" matching {' or '.join(self.globs)}" if self.globs else ""
             found = f", only {others}; name a file itself to caption it whatever its suffix" if others.total else ""
             raise ClipError(f"{existing[0]}: no video or audio file{matching} in this folder{found}")
@@ -162,9 +199,9 @@ class VideoListing:
             if not quiet and self.shard.holds(path):
                 self.skipped.add(path)
 
-        for found in walk_paths(self._named(), self.globs, quiet=quiet, on_skip=skip):
-            if isinstance(found, Failure):
-                if self.shard.holds(found.video):
+        for found in walk_paths(self._named(), self.globs, quiet=quiet, on_skip=skip, column=self.column):
+            if isinstance(found, Failure | VideoFile):
+                if self.shard.holds(found.video if isinstance(found, Failure) else found.path):
                     yield found
             elif self.shard.holds(found):
                 yield stat_video(found)
@@ -179,7 +216,12 @@ class VideoListing:
 
 
 def stat_video(path: str) -> VideoFile | Failure:
-    """Look up the size and time of a file; whether it can be decoded shows when it is read."""
+    """Look up the version of a file; whether it can be decoded shows when it is read."""
+    if is_url(path) or split_member(path):
+        try:
+            return _stat_elsewhere(path)
+        except RemoteError as error:
+            return Failure(path, str(error))
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -206,21 +248,109 @@ def walk_paths(
     *,
     quiet: bool = False,
     on_skip: Callable[[str], object] = lambda path: None,
-) -> Iterator[str | Failure]:
-    """Yield files as they are named, and the files in folders sorted by name.
+    column: str = VIDEO_COLUMN,
+) -> Iterator[str | VideoFile | Failure]:
+    """Yield files as they are named, the files in folders sorted by name, and those in containers.
 
     Args:
         paths: files and folders.
         globs: see `VideoListing`.
         quiet: log no warning about links to folders.
         on_skip: called with each file in a folder that matches a glob but has no suffix of video or audio.
+        column: column of the videos in Parquet files.
     """
     patterns = [tuple(glob.split("/")) if "/" in glob else ("**", glob) for glob in globs]
-    for path in paths:
-        if os.path.isdir(path):  # noqa: PTH112 - False for a name that is too long, where a Path raises
+    for path, remote in expand_ahead(one for named in paths for one in _expand_local(named)):
+        if isinstance(remote, Failure):
+            yield remote
+        elif remote is not None:
+            for one in remote:
+                if one.is_folder:
+                    yield from _walk_remote(one.url, (), patterns, on_skip)
+                elif is_container(one.url):
+                    yield from _walk_container(one.url, (one.modified_ns, one.etag), column, on_skip)
+                else:
+                    yield _to_video(one)
+        elif os.path.isdir(path):  # noqa: PTH112 - False for a name that is too long, where a Path raises
             yield from _walk_folder(Path(path), (), patterns, quiet, on_skip)
+        elif is_container(path) and Path(path).is_file():
+            yield from _walk_container(str(Path(path)), (Path(path).stat().st_mtime_ns, None), column, on_skip)
         else:
             yield str(Path(path))
+
+
+def _expand_local(path: str) -> Iterator[str]:
+    """Expand braces, unless there is a file of that name; `file://` names a local path."""
+    path = path.removeprefix(LOCAL_PREFIX)
+    if "{" in path and (is_url(path) or not os.path.exists(path)):  # noqa: PTH110 - as in `walk_paths`
+        return expand_braces(path)
+    return iter([path])
+
+
+def _to_video(found: RemoteFile) -> VideoFile:
+    return VideoFile(found.url, found.size_bytes, found.modified_ns, found.etag)
+
+
+def _stat_elsewhere(path: str) -> VideoFile:
+    """Look up a remote file or a member of a container; raises RemoteError."""
+    if (split := split_member(path)) is None:
+        return _to_video(look_up(path))
+    container, name = split
+    found = stat_video(container)
+    if isinstance(found, Failure):
+        raise RemoteError(found.reason)
+    version = (found.modified_ns, found.etag)
+    size = find_member(container, name, version).size_bytes if is_tar(container) else None
+    return VideoFile(path, size, *version)
+
+
+def _walk_remote(
+    url: str, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], on_skip: Callable[[str], object]
+) -> Iterator[VideoFile | Failure]:
+    """Yield the videos in a remote folder; what its files are follows from their names alone."""
+    try:
+        entries = list_folder(url)
+    except RemoteError as error:
+        yield Failure(url, str(error))
+        return
+    for one in entries:
+        parts = (*inside, name_of(one.url))
+        if parts[-1].startswith("."):
+            continue
+        if one.is_folder:
+            yield from _walk_remote(one.url, parts, patterns, on_skip)
+        elif not patterns or any(matches(parts, pattern) for pattern in patterns):
+            if is_media(parts[-1]):
+                yield _to_video(one)
+            else:
+                on_skip(one.url)
+
+
+def _walk_container(
+    path: str, version: tuple[int | None, str | None], column: str, on_skip: Callable[[str], object]
+) -> Iterator[str | VideoFile | Failure]:
+    """Yield the videos in a tar archive or a Parquet file, and a failure if it cannot be read to its end."""
+    if is_tar(path):
+        members, reason = tar_members(path, version)
+        for one in members.values():
+            if is_media(one.name):
+                yield VideoFile(f"{path}{MEMBER_SEPARATOR}{one.name}", one.size_bytes, *version)
+            else:
+                on_skip(one.name)
+        if reason:
+            yield Failure(path, reason)
+        return
+    try:
+        rows = (f"{path}{MEMBER_SEPARATOR}{row}" if isinstance(row, int) else row for row in parquet_rows(path, column))
+        for name, remote in expand_ahead(rows):
+            if remote is None:
+                yield name if split_member(name) is None else VideoFile(name, None, *version)
+            elif isinstance(remote, Failure):
+                yield remote
+            else:
+                yield from map(_to_video, remote)
+    except RemoteError as error:
+        yield Failure(path, str(error))
 
 
 def _walk_folder(

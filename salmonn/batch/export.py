@@ -21,7 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
+from salmonn.batch.ledger_files import (
+    VERSION_FIELDS,
+    GroupReader,
+    LedgerError,
+    cannot_write,
+    hash_key,
+    is_full,
+    keys_to_array,
+)
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.batch.transcripts import Transcript
 from salmonn.records import Caption, Failure, Fusion, Modality, Shaping, parse_record, temporary_path
@@ -57,7 +65,7 @@ class LatestCaptions:
             for values in (line for group in reader for line in group):
                 video = values["video"]
                 videos += hash_key(video)
-                versions += hash_key(values.get("size_bytes"), values.get("modified_ns"))
+                versions += hash_key(*(values.get(name) for name in VERSION_FIELDS))
                 span = (values.get(name) for name in ("start_seconds", "end_seconds"))
                 times = (None if time is None else float(time) for time in span)
                 segments += hash_key(video, values.get("sample", 0), *times)
@@ -201,6 +209,7 @@ def _write_parquet(captions: LatestCaptions, path: Path) -> None:
         bool: pyarrow.bool_(),
         int: pyarrow.int64(),
         int | None: pyarrow.int64(),
+        str | None: pyarrow.string(),
         float | None: pyarrow.float64(),
         Modality | None: pyarrow.string(),
         tuple[str, ...]: pyarrow.list_(pyarrow.string()),

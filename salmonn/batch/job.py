@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tqdm import tqdm
 
 from salmonn.batch.discovery import VideoFile, path_number
 from salmonn.batch.export import LatestCaptions
+from salmonn.batch.fetch import Fetcher
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
@@ -111,6 +111,7 @@ def caption_videos(
     config: JobConfig,
     reader: ClipReader,
     store: BoundsStore | None = None,
+    fetcher: Fetcher | None = None,
 ) -> Generator[VideoResult]:
     """Caption videos, and yield each once its last segment is done.
 
@@ -120,7 +121,9 @@ def caption_videos(
         config: how they are captioned.
         reader: reads clips ahead of the model.
         store: keeps the bounds of segments.
+        fetcher: fetches remote files ahead of the reader; needed if there are any.
     """
+    fetcher = fetcher or Fetcher()
     started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
     speech: dict[int, tuple[tuple[SpeechEvent, ...] | None, str]] = {}
@@ -129,12 +132,12 @@ def caption_videos(
     sampling = replace(config.request.sampling or Sampling(), max_new_tokens=limit)
 
     def requests() -> Iterator[CaptionRequest]:
-        for number, (index, video) in enumerate(videos):
+        for number, (index, video, path) in enumerate(fetcher.ahead(videos)):
             started[number] = (index, video)
             seed = config.request.seed + path_number(video.path)
             speech[number] = config.context.find(video) if config.context else (None, "")
             spoken, _ = speech[number]
-            yield replace(config.request, path=Path(video.path), sampling=sampling, seed=seed, speech=spoken)
+            yield replace(config.request, path=path, sampling=sampling, seed=seed, speech=spoken)
 
     batches = captioner.caption_batches(
         requests(),
@@ -151,7 +154,8 @@ def caption_videos(
             if len(part) == done.num_segments:
                 index, video = started.pop(done.index)
                 ordered = sorted(parts.pop(done.index), key=lambda result: result.start_seconds or 0.0)
-                stamped = (replace(r, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for r in ordered)
+                stamped = tuple(stamp(result, video, fetcher) for result in ordered)
+                fetcher.release(video)
                 spoken, missing = speech.pop(done.index)
                 yield VideoResult(index, video, tuple(_note_context(r, spoken, missing) for r in stamped))
 
@@ -163,6 +167,15 @@ def _note_context(result: Caption | Failure, speech: tuple[SpeechEvent, ...] | N
     if speech is not None and describe_speech(speech, result.start_seconds, result.end_seconds)[1]:
         missing = f"the transcript in the prompt was cut off after {MAX_CONTEXT_CHARS} characters"
     return replace(result, warnings=(*result.warnings, missing)) if missing else result
+
+
+def stamp(result: Caption | Failure, video: VideoFile, fetcher: Fetcher) -> Caption | Failure:
+    """Record the video and its version in a result, which may be about a scratch file."""
+    if isinstance(result, Failure):
+        result = replace(result, reason=fetcher.explain(video, result.reason))
+    return replace(
+        result, video=video.path, size_bytes=video.size_bytes, modified_ns=video.modified_ns, etag=video.etag
+    )
 
 
 class CaptionJob:

@@ -24,9 +24,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from salmonn.batch.containers import VIDEO_COLUMN, is_container
 from salmonn.batch.discovery import VideoFile, VideoListing, stat_video
 from salmonn.batch.ledger_files import (
     FAILED_SUFFIX,
+    VERSION_FIELDS,
     GroupReader,
     HashSet,
     LedgerError,
@@ -39,6 +41,7 @@ from salmonn.batch.ledger_files import (
     repair,
     repair_last_line,
 )
+from salmonn.batch.remote import is_url
 from salmonn.records import Caption, Failure, read_json, write_json, write_records
 
 logger = logging.getLogger(__name__)
@@ -142,11 +145,11 @@ class Ledger:
             return "pending"
         return "failed in part" if version in self._failed_in_part else "done"
 
-    def to_retry(self, *, globs: Sequence[str] = ()) -> Iterator[VideoFile | Failure]:
+    def to_retry(self, *, globs: Sequence[str] = (), column: str = VIDEO_COLUMN) -> Iterator[VideoFile | Failure]:
         """List this shard's videos that failed in earlier runs and have not succeeded since, as they are now.
 
         Args:
-            globs: patterns for the files of a folder that could not be listed; see `VideoListing`.
+            globs, column: for a folder or container that could not be listed; see `VideoListing`.
         """
         listed: set[str] = set()
         for failure in self._failures():
@@ -156,13 +159,11 @@ class Ledger:
             now = stat_video(name)
             if os.path.lexists(_unescape(name)):
                 yield failure  # the file still has a name that no record can hold
-            elif os.path.isdir(name):  # noqa: PTH112 - as in `walk_paths`
-                found = VideoListing([name], globs=globs, shard=self.files.shard).videos()
+            elif _is_collection(failure):
+                found = VideoListing([name], globs=globs, shard=self.files.shard, column=column).videos()
                 yield from (one for one in found if isinstance(one, Failure) or self.status(one) in UNFINISHED)
             elif isinstance(now, Failure) or (
-                _segment_key(failure) in self._failed
-                if (failure.size_bytes, failure.modified_ns) == (now.size_bytes, now.modified_ns)
-                else self.status(now) in UNFINISHED
+                _segment_key(failure) in self._failed if _key(failure) == _key(now) else self.status(now) in UNFINISHED
             ):
                 yield now
             else:
@@ -238,13 +239,13 @@ class Ledger:
         for group in reader:
             for values in group:
                 start = float(values.get("start_seconds") or 0.0)
-                key = hash_key(values["video"], values.get("size_bytes"), values.get("modified_ns"), start)
+                key = hash_key(values["video"], *map(values.get, VERSION_FIELDS), start)
                 self._failed.discard(key)
                 if start == self._start_seconds:
                     keys += key
             is_partial = len(group) < group[0].get("num_segments", 1)
             if is_partial or self._partial:
-                version = hash_key(group[0]["video"], group[0].get("size_bytes"), group[0].get("modified_ns"))
+                version = hash_key(group[0]["video"], *map(group[0].get, VERSION_FIELDS))
                 (self._partial.add if is_partial else self._partial.discard)(version)
         if path == self.files.captions:
             self._num_lines = reader.num_lines
@@ -313,8 +314,15 @@ def _require_same_job(files: LedgerFiles, job: Mapping[str, Any]) -> None:
 
 def _key(one: VideoFile | Failure, start_seconds: float | None = None) -> bytes:
     """Return the key of this version of a file, or of its segment that starts at a time."""
-    version = (one.path if isinstance(one, VideoFile) else one.video, one.size_bytes, one.modified_ns)
+    version = (one.path if isinstance(one, VideoFile) else one.video, one.size_bytes, one.modified_ns, one.etag)
     return hash_key(*version) if start_seconds is None else hash_key(*version, start_seconds)
+
+
+def _is_collection(failure: Failure) -> bool:
+    """Return whether a failure may be about a folder or container: what is there shows when it is listed."""
+    name = failure.video
+    is_unknown = is_url(name) and (failure.size_bytes, failure.modified_ns, failure.etag) == (None, None, None)
+    return is_unknown or is_container(name) or os.path.isdir(name)  # noqa: PTH112 - as in `walk_paths`
 
 
 def _segment_key(failure: Failure) -> bytes:

@@ -29,6 +29,7 @@ SHOTS_SUFFIX = ".shots.jsonl"
 FUSED_SUFFIX = ".fused.jsonl"
 JOB_SUFFIX = ".job.json"
 KEY_BYTES = 16
+VERSION_FIELDS = ("size_bytes", "modified_ns", "etag")  # of captions and failures: the state of the file
 MAX_FULL_FILES = 99_999
 _NUMBER = r"\.\d{5}"  # of a full file; a date has more digits
 _MIN_RECENT_KEYS = 1 << 16
@@ -272,7 +273,7 @@ class GroupReader:
 
 def _continues(group: SegmentGroup, values: dict[str, Any]) -> bool:
     """Return whether a line continues a group: it is a later segment of the same version of the video."""
-    names = ("video", "size_bytes", "modified_ns", "num_segments", "num_failed_segments")
+    names = ("video", *VERSION_FIELDS, "num_segments", "num_failed_segments")
     last = group[-1]
     return values.get("segment", 0) > last.get("segment", 0) and all(
         values.get(name) == last.get(name) for name in names

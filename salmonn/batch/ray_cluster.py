@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from salmonn.batch.discovery import VideoFile
+from salmonn.batch.fetch import FetchConfig, Fetcher
 from salmonn.batch.job import IndexedVideo, JobConfig, VideoResult, caption_videos
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.caption.loader import ClipReader, default_num_workers
@@ -39,11 +40,13 @@ class RayConfig:
         actors: number of models; None: one for each GPU, or for each two CPUs.
         workers: decoding processes per actor; None: up to 8.
         limits: limits for reading one file.
+        fetch: how remote files are fetched.
     """
 
     actors: int | None = None
     workers: int | None = None
     limits: WorkerLimits = field(default_factory=WorkerLimits)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:
         if self.actors is not None and self.actors < 1:
@@ -55,13 +58,17 @@ class _CaptionActor:
 
     def __init__(self, load: LoadModel, config: JobConfig, ray_config: RayConfig) -> None:
         workers = default_num_workers(BLOCK_VIDEOS) if ray_config.workers is None else ray_config.workers
-        self._reader = ClipReader(workers=workers, limits=ray_config.limits)
+        self._fetcher = Fetcher(ray_config.fetch)
+        share = self._fetcher.bucket_share
+        self._reader = ClipReader(workers=workers, limits=ray_config.limits, bucket_share=share)
         self._captioner = load()
         self._config = config
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
         videos = [(row["index"], VideoFile(**row["video"])) for row in map(json.loads, block["row"])]
-        results = caption_videos(self._captioner, videos, config=self._config, reader=self._reader)
+        results = caption_videos(
+            self._captioner, videos, config=self._config, reader=self._reader, fetcher=self._fetcher
+        )
         return {"row": [json.dumps(asdict(result)) for result in results]}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salmonn.batch.discovery import VideoFile, stat_video
+from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger_files import (
     SHOTS_SUFFIX,
     LedgerFiles,
@@ -14,6 +14,9 @@ from salmonn.batch.ledger_files import (
     read_complete,
     repair_last_line,
 )
+from salmonn.records import Failure
+
+VideoOf = Callable[[Path], VideoFile | Failure]
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class ShotBounds:
     Args:
         video: path of the file.
         bounds: start of each shot and end of the last, in seconds.
-        size_bytes, modified_ns: size and modification time of the file, as in `Caption`.
+        size_bytes, modified_ns, etag: version of the file, as in `Caption`.
     """
 
     video: str
     bounds: tuple[float, ...]
     size_bytes: int | None = None
     modified_ns: int | None = None
+    etag: str | None = None
 
 
 class ShotLog:
@@ -38,9 +42,11 @@ class ShotLog:
     Args:
         files: names of the run's files. The logs of all shards are read, and this shard's is appended to.
         is_done: whether nothing is left to do for a file, so that its shots are not needed any more.
+        video_of: returns the video that a path stands for; see `Fetcher.video_of`.
     """
 
-    def __init__(self, files: LedgerFiles, *, is_done: Callable[[VideoFile], bool]) -> None:
+    def __init__(self, files: LedgerFiles, *, is_done: Callable[[VideoFile], bool], video_of: VideoOf) -> None:
+        self._video_of = video_of
         self._path = files.shots
         self._lock = threading.Lock()
         repair_last_line(self._path)
@@ -48,21 +54,23 @@ class ShotLog:
             _key(video): shots.bounds
             for path in files.find(SHOTS_SUFFIX)
             for shots in read_complete(path, ShotBounds)
-            if not is_done(video := VideoFile(shots.video, shots.size_bytes, shots.modified_ns))
+            if not is_done(video := VideoFile(shots.video, shots.size_bytes, shots.modified_ns, shots.etag))
         }
 
     def get(self, path: Path) -> Sequence[float] | None:
         """See `BoundsStore`."""
-        video = stat_video(str(path))
+        video = self._video_of(path)
         return self._bounds.pop(_key(video), None) if isinstance(video, VideoFile) else None
 
     def put(self, path: Path, bounds: Sequence[float]) -> None:
         """See `BoundsStore`; raises a LedgerError if the disk does not take them."""
-        video = stat_video(str(path))
+        video = self._video_of(path)
         if isinstance(video, VideoFile) and bounds:
             with self._lock:
-                append_records(self._path, [ShotBounds(video.path, tuple(bounds), video.size_bytes, video.modified_ns)])
+                append_records(
+                    self._path, [ShotBounds(video.path, tuple(bounds), video.size_bytes, video.modified_ns, video.etag)]
+                )
 
 
 def _key(video: VideoFile) -> bytes:
-    return hash_key(video.path, video.size_bytes, video.modified_ns)
+    return hash_key(video.path, video.size_bytes, video.modified_ns, video.etag)

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
+from salmonn.batch.containers import split_member
 from salmonn.batch.discovery import is_media
 from salmonn.batch.ledger_files import (
     HashSet,
@@ -28,6 +29,7 @@ from salmonn.batch.ledger_files import (
     read_complete,
     repair_last_line,
 )
+from salmonn.batch.remote import is_url
 from salmonn.batch.transcripts import Transcript
 from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import AUDIO_SUFFIXES
@@ -129,13 +131,14 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
                 is_too_long = error.errno == errno.ENAMETOOLONG
                 remedy = "rename the video" if is_too_long else "choose another folder with --subtitle-dir"
                 reason = f"{path} cannot be written ({error.strerror}); {remedy}"
-            version = dict(size_bytes=captions[0].size_bytes, modified_ns=captions[0].modified_ns)
-            failures.append(Failure(captions[0].video, reason, "write", **version))
+            first = captions[0]
+            version = (first.size_bytes, first.modified_ns, first.etag)
+            failures.append(Failure(first.video, reason, "write", None, None, *version))
         return failures
 
     def path_of(self, video: str, suffix: str) -> Path:
         """Return the path of a video's subtitle file."""
-        path = Path(video)
+        path = Path(re.sub("^([A-Za-z0-9+.-]+)://", r"\1/", video))  # s3://bucket/... goes to the folder s3/bucket/...
         name = path.name if _shares_stem(path) else path.stem
         if self._folder is None:
             return path.with_name(f"{name}.{suffix}")
@@ -156,7 +159,9 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
             raise ClipError(f"{video}: {error}") from error
 
     def _write(self, path: Path, text: str, caption: Caption) -> None:
-        """Write one file; raises OSError, and ClipError if there is a file that is not ours."""
+        """Write one file; raises OSError, and ClipError if there is a file that is not ours, or the video is remote."""
+        if self._folder is None and (is_url(caption.video) or split_member(caption.video)):
+            raise ClipError(f"{caption.video}: subtitles are not written beside this video; choose a --subtitle-dir")
         if path.exists() and not self._replace and path.read_bytes() != text.encode():
             found = path.stat()
             if SubtitleFile(str(path), caption.video, found.st_size, found.st_mtime_ns).key not in self._ours:

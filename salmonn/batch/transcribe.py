@@ -1,10 +1,10 @@
 """The loop of `salmonn transcribe`: audio is read ahead by worker processes, and a broken file costs only itself."""
 
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile, path_number
-from salmonn.batch.job import IndexedVideo, VideoResult
+from salmonn.batch.fetch import Fetcher
+from salmonn.batch.job import IndexedVideo, VideoResult, stamp
 from salmonn.batch.transcripts import Transcript
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import AudioReadSpec, ClipJob, ClipReader
@@ -16,7 +16,7 @@ NO_AUDIO = "the file has no audio"
 
 
 def transcribe_videos(
-    transcriber: Transcriber, videos: Iterable[IndexedVideo], *, reader: ClipReader
+    transcriber: Transcriber, videos: Iterable[IndexedVideo], *, reader: ClipReader, fetcher: Fetcher | None = None
 ) -> Generator[VideoResult]:
     """Transcribe videos in the order given.
 
@@ -24,23 +24,27 @@ def transcribe_videos(
         transcriber: the speech recognizer.
         videos: any number of videos.
         reader: reads audio ahead of the model.
+        fetcher: fetches remote files ahead of the reader; needed if there are any.
     """
+    fetcher = fetcher or Fetcher()
     started: dict[int, IndexedVideo] = {}
 
     def jobs() -> Iterator[ClipJob]:
-        for number, (index, video) in enumerate(videos):
+        for number, (index, video, path) in enumerate(fetcher.ahead(videos)):
             started[number] = (index, video)
-            yield ClipJob(number, CaptionRequest(Path(video.path), modality="audio"), AudioReadSpec())
+            yield ClipJob(number, CaptionRequest(path, modality="audio"), AudioReadSpec())
 
     for batch in reader.batches(jobs(), size=1, finish=_identity):
         for job, clip in batch:
             index, video = started.pop(job.index)
-            yield VideoResult(index, video, (_transcribe(transcriber, video, clip),))
+            result = stamp(_transcribe(transcriber, video, clip), video, fetcher)
+            fetcher.release(video)
+            yield VideoResult(index, video, (result,))
 
 
 def _transcribe(transcriber: Transcriber, video: VideoFile, clip: Clip | ValueError) -> Transcript | Failure:
     if isinstance(clip, ValueError):
-        return Failure(video.path, str(clip), "read", size_bytes=video.size_bytes, modified_ns=video.modified_ns)
+        return Failure(video.path, str(clip), "read")
     found = Transcription(warnings=(NO_AUDIO,))
     try:
         if clip.waveform is not None:
@@ -48,13 +52,11 @@ def _transcribe(transcriber: Transcriber, video: VideoFile, clip: Clip | ValueEr
     except RuntimeError as error:  # out of memory is one
         cause = str(error).partition("\n")[0]
         reason = f"{video.path}: the speech recognizer failed ({cause}); with little memory, use a smaller model"
-        return Failure(video.path, reason, "caption", size_bytes=video.size_bytes, modified_ns=video.modified_ns)
+        return Failure(video.path, reason, "caption")
     return Transcript(
         video.path,
         " ".join(one.text for one in found.speech),
         model=transcriber.name,
-        size_bytes=video.size_bytes,
-        modified_ns=video.modified_ns,
         complete=clip.is_complete,
         modality="audio",
         warnings=(*clip.warnings, *found.warnings),

@@ -182,17 +182,26 @@ class ClipReader:
     Args:
         workers: number of processes; 0 reads in a thread of this process, without limits.
         limits: limits for each file.
+        bucket_share: share of a bucket that a file fills besides counting as one; a full bucket ends early. It bounds
+            the size of files that exist only until they are read.
 
     Attributes:
         waited_seconds: total time that the consumer of `batches` has waited for clips.
     """
 
-    def __init__(self, *, workers: int, limits: WorkerLimits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int,
+        limits: WorkerLimits | None = None,
+        bucket_share: Callable[[Path], float] = lambda path: 0.0,
+    ) -> None:
         if workers < 0:
             raise ValueError(f"workers must be 0 (read within this process) or more, got {workers}")
         self.waited_seconds = 0.0
         self._num_workers = workers
         self._limits = limits or WorkerLimits()
+        self._bucket_share = bucket_share
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reading")
         # Finding the shots of a film takes minutes, in which a worker remains for clips.
         self._splitting_threads = ThreadPoolExecutor(max(workers - 1, 1), thread_name_prefix="splitting")
@@ -308,14 +317,17 @@ class ClipReader:
         if size == 1 and segments is None:
             yield from ([job] for job in jobs)
             return
-        measuring: deque[Future[list[tuple[ClipJob, float]]]] = deque()
+        measuring: deque[tuple[Future[list[tuple[ClipJob, float]]], float]] = deque()  # with the shares of the files
 
         def measure_ahead() -> None:
-            for job in islice(jobs, bucket_size - len(measuring)):
+            filled = sum(share for _, share in measuring)
+            while len(measuring) < bucket_size and filled < 1.0 and (job := next(jobs, None)) is not None:
                 if segments is None:
-                    measuring.append(self._threads.submit(self._measure, job))
+                    future = self._threads.submit(self._measure, job)
                 else:
-                    measuring.append(self._splitting_threads.submit(self._split, job, segments, store))
+                    future = self._splitting_threads.submit(self._split, job, segments, store)
+                measuring.append((future, self._bucket_share(job.request.path)))
+                filled += measuring[-1][1]
 
         # The files of a bucket are measured before the previous bucket is read, so that nothing waits for them. A long
         # file fills a bucket with its segments alone.
@@ -324,7 +336,7 @@ class ClipReader:
             parts: list[tuple[ClipJob, float]] = []
             num_files = 0
             while measuring and num_files < bucket_size and len(parts) < bucket_size:
-                measured = self._wait(measuring.popleft())
+                measured = self._wait(measuring.popleft()[0])
                 if isinstance(measured, ValueError):  # of the store
                     raise measured
                 parts += measured

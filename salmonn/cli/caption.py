@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
-from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, job_config
+from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, fetch_config, job_config
 from salmonn.cli.caption_server import load_server, server_settings
 from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
@@ -27,9 +27,11 @@ from salmonn.records import Caption
 
 if TYPE_CHECKING:
     from salmonn.batch.discovery import VideoListing
+    from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import CaptionJob, JobConfig, RunStats, VideoResult
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.batch.shot_log import ShotLog
     from salmonn.batch.subtitles import SubtitleWriter
     from salmonn.caption.worker import WorkerLimits
 
@@ -74,7 +76,7 @@ def _dry_run(values: Namespace) -> int:
     with _open_ledger(values, LedgerFiles(values.out, listing.shard), read_only=True) as ledger:
         # Without a limit on failures: folders that cannot be listed are counted as they are in a run.
         job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
-        found = ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos()
+        found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()
         sizes = [video.size_bytes or 0 for _, video in job.pending(found)]
     chosen = sizes[: values.limit]
     videos, gib = plural(len(chosen), "video"), sum(chosen) / (1 << 30)
@@ -195,11 +197,12 @@ def _run(
 ) -> str:
     """Caption the pending videos; return the speed, as it goes into the summary."""
     from salmonn import dist
+    from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import caption_videos, show_progress
-    from salmonn.batch.shot_log import ShotLog
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
-    pending = job.pending(ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos())
+    retried = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else None
+    pending = job.pending(retried or listing.videos())
     pending = islice(pending, values.limit)
     # Before anything is started: without pending videos, no model is needed.
     first = list(islice(pending, MAX_WORKERS))
@@ -217,17 +220,18 @@ def _run(
         if values.engine == "ray":
             from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
 
-            ray_config = RayConfig(values.ray_actors, values.workers, limits)
+            ray_config = RayConfig(values.ray_actors, values.workers, limits, fetch_config(values))
             load = partial(load_batch_captioner, values)
             results = caption_on_cluster(chain(first, pending), load=load, config=config, ray_config=ray_config)
         else:
             workers = default_num_workers(len(first)) if values.workers is None else values.workers
-            reader = stack.enter_context(ClipReader(workers=workers, limits=limits))  # they start while the model loads
-            store = None
-            if values.segments == "shots":
-                store = ShotLog(ledger.files, is_done=lambda video: ledger.status(video) == "done")
+            fetcher = stack.enter_context(Fetcher(fetch_config(values)))
+            # They start while the model loads.
+            reader = stack.enter_context(ClipReader(workers=workers, limits=limits, bucket_share=fetcher.bucket_share))
+            store = _shot_log(ledger, fetcher) if values.segments == "shots" else None
             captioner = load_server(values) if values.server else load_batch_captioner(values)
-            results = caption_videos(captioner, chain(first, pending), config=config, reader=reader, store=store)
+            videos = chain(first, pending)
+            results = caption_videos(captioner, videos, config=config, reader=reader, fetcher=fetcher, store=store)
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)
@@ -239,6 +243,12 @@ def _run(
         seconds = time.perf_counter() - start
     speed = f"; {60 * job.stats.videos / seconds:.1f} clips per minute"
     return speed + (f" ({reader.waited_seconds / seconds:.0%} of the time waiting for files)" if reader else "")
+
+
+def _shot_log(ledger: "Ledger", fetcher: "Fetcher") -> "ShotLog":
+    from salmonn.batch.shot_log import ShotLog
+
+    return ShotLog(ledger.files, is_done=lambda video: ledger.status(video) == "done", video_of=fetcher.video_of)
 
 
 def list_videos(values: Namespace) -> "VideoListing":
@@ -258,7 +268,7 @@ def list_videos(values: Namespace) -> "VideoListing":
         )
     if values.overwrite and values.retry_failed:
         raise ValueError("--overwrite starts over, failures included; use it without --retry-failed")
-    return VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard)
+    return VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard, column=values.column)
 
 
 def fingerprint_model(values: Namespace) -> dict[str, str]:

@@ -20,6 +20,7 @@ from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Modality
 
 if TYPE_CHECKING:
+    from salmonn.batch.fetch import FetchConfig
     from salmonn.batch.job import JobConfig
 
 # Settings that the captions depend on; a run with other ones does not resume it.
@@ -55,11 +56,14 @@ def caption_parser() -> FlagParser:
 def add_input_options(parser: FlagParser, *, verb: str = "caption") -> None:
     """Add the choice of videos; the verb says what is done with them."""
     group = parser.add_argument_group("Input")
-    group.add_argument("paths", nargs="*", type=str, help="video or audio files, or folders of them")
+    paths = "video or audio files, folders of them, tar archives or Parquet files; also URLs (hf://, s3://, gs://, https://)"
+    group.add_argument("paths", nargs="*", type=str, help=paths)
     listed = "file with one path per line, or separated by NUL bytes as by find -print0 (-: stdin)"
     group.add_argument("--list", type=str | None, default=None, help=listed)
     globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
     group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
+    columns = "column of the videos in Parquet files: paths, URLs, bytes, or structs of bytes and path"
+    group.add_argument("--column", type=str, default="video", help=columns)
     group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
     group.add_argument("--limit", type=int | None, default=None, help=f"{verb} at most N videos in this run")
     group.add_argument("--dry_run", action="store_true", help="only count the videos that are left to do")
@@ -129,6 +133,11 @@ def add_reading_options(group: Any) -> None:
     )
     group.add_argument("--read_seconds", type=float, default=900.0, help="time limit for decoding a file")
     group.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
+    scratch = "folder for remote files, which are fetched ahead and deleted once read (default: the system's)"
+    group.add_argument("--scratch_dir", type=Path | None, default=None, help=scratch)
+    size = "size of the fetched files at which no more are fetched ahead, and maximum size of a file"
+    group.add_argument("--scratch_gib", type=float, default=16.0, help=size)
+    group.add_argument("--fetch_seconds", type=float, default=900.0, help="time limit for fetching a file")
 
 
 def check_options(values: Namespace) -> None:
@@ -157,12 +166,32 @@ def check_options(values: Namespace) -> None:
     job_config(values)
     server_options(values)
     check_fuse_options(values)
+    fetch_config(values)
+    _check_remote(values)
     shard = Shard.parse(values.shard) if values.shard else Shard()
     if not values.retry_failed:
-        VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard).require_any()
+        named = dict(list_path=values.list, globs=values.glob, shard=shard, column=values.column)
+        VideoListing(values.paths, **named).require_any()
     folder = next(parent for parent in (values.out.parent, *values.out.absolute().parents) if parent.exists())
     if str(values.out) != STDOUT and not values.dry_run and not os.access(folder, os.W_OK):
         raise ValueError(f"the folder {folder} is read-only; choose another one for the captions with --out")
+
+
+def _check_remote(values: Namespace) -> None:
+    """Refuse outputs that lie beside the videos, where those are remote."""
+    from salmonn.batch.remote import is_url
+
+    remote = [path for path in values.paths if is_url(path)]
+    if remote and values.dataset:
+        raise ValueError(f"--dataset lists local files, and {remote[0]} is remote; download the videos")
+    if remote and {"txt", "srt", "vtt"} & set(values.export) and values.subtitle_dir is None:
+        raise ValueError(f"subtitles are not written beside remote videos ({remote[0]}); choose a --subtitle-dir")
+
+
+def fetch_config(values: Namespace) -> "FetchConfig":
+    from salmonn.batch.fetch import FetchConfig
+
+    return FetchConfig(values.scratch_dir, values.scratch_gib, values.fetch_seconds, values.column)
 
 
 def job_config(values: Namespace) -> "JobConfig":

@@ -23,7 +23,7 @@ from salmonn.cli.caption import (
     subtitle_writer,
     write_tables,
 )
-from salmonn.cli.caption_options import add_input_options, add_reading_options
+from salmonn.cli.caption_options import add_input_options, add_reading_options, fetch_config
 from salmonn.cli.options import SOME_FAILED, add_subtitle_options, garbage_kept, plural
 from salmonn.config import FlagParser
 from salmonn.records import Reference, read_records, write_records
@@ -142,7 +142,7 @@ def _count(values: Namespace, ledger: "Ledger", listing: "VideoListing") -> int:
     from salmonn.batch.job import CaptionJob
 
     job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
-    found = ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos()
+    found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()
     videos = [video for _, video in islice(job.pending(found), values.limit)]
     sys.stdout.write(f"would transcribe {plural(len(videos), 'video')}\n")
     report_skipped(job.stats, listing, ledger.files, sys.stdout)
@@ -167,7 +167,7 @@ def _transcribe(
             subtitles=subtitles,
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
         )
-        found = ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos()
+        found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()
         pending = islice(job.pending(found), values.limit)
         speed = _run(job, pending, values=values, config=config, limits=limits)
         job.finish()
@@ -183,6 +183,7 @@ def _run(
     job: "CaptionJob", pending: Iterator, *, values: Namespace, config: WhisperConfig, limits: "WorkerLimits"
 ) -> str:
     """Transcribe the pending videos; return the speed, as it goes into the summary."""
+    from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import show_progress
     from salmonn.batch.transcribe import transcribe_videos
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
@@ -192,8 +193,10 @@ def _run(
         return ""
     workers = default_num_workers(len(first)) if values.workers is None else values.workers
     with ExitStack() as stack:
-        reader = stack.enter_context(ClipReader(workers=workers, limits=limits))
-        results = transcribe_videos(load_transcriber(config), chain(first, pending), reader=reader)
+        fetcher = stack.enter_context(Fetcher(fetch_config(values)))
+        reader = stack.enter_context(ClipReader(workers=workers, limits=limits, bucket_share=fetcher.bucket_share))
+        videos = chain(first, pending)
+        results = transcribe_videos(load_transcriber(config), videos, reader=reader, fetcher=fetcher)
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=None, is_shown=not values.quiet, title="transcribing")

@@ -1,0 +1,406 @@
+"""Files where the data is: object stores, web servers, the Hub, tar archives and Parquet files, all on this machine."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from salmonn.batch import remote
+from salmonn.batch.discovery import Shard, VideoFile, VideoListing, stat_video
+from salmonn.batch.fetch import FetchConfig, Fetcher
+from salmonn.batch.remote import expand_braces
+from salmonn.media.container import ClipError
+from salmonn.records import Caption, Failure, read_records
+from tests.batch.stores import FileServer, HubServer, start_s3
+from tests.launch import forked
+from tests.limits import RUN_SECONDS
+
+ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def s3_url():
+    server, url = start_s3()
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_url, monkeypatch):
+    """A file system with an empty bucket named `bucket`."""
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3_url, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    remote.filesystem.cache_clear()
+    store = remote.filesystem("s3")
+    store.mkdir("bucket")
+    yield store
+    monkeypatch.undo()
+    remote.filesystem.cache_clear()
+    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=s3_url)
+    try:
+        remote.filesystem("s3").rm("bucket", recursive=True)
+    finally:
+        for name in (*ENVIRONMENT, "AWS_ENDPOINT_URL"):
+            del os.environ[name]
+        remote.filesystem.cache_clear()
+
+
+@pytest.fixture
+def web():
+    server = FileServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HubServer()
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": "hf_test"})
+    remote.filesystem.cache_clear()
+    yield server
+    server.close()
+    remote.filesystem.cache_clear()
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def listed(*paths, **options) -> list[VideoFile | Failure]:
+    return list(VideoListing(paths, **options).videos())
+
+
+def fetched(*paths, **options) -> dict[str, bytes | str]:
+    """Fetch the videos that paths stand for; return the contents, or the reason of a failure."""
+    found = {}
+    with Fetcher(FetchConfig(**options)) as fetcher:
+        for _, video, path in fetcher.ahead(enumerate(listed(*paths))):
+            found[video.path] = path.read_bytes() if path.exists() else fetcher.explain(video, "no reason")
+            fetcher.release(video)
+            assert not path.exists() or not remote.is_url(video.path)
+    return found
+
+
+def test_braces_are_expanded_as_a_shell_does():
+    assert list(expand_braces("s-{008..010}.tar")) == ["s-008.tar", "s-009.tar", "s-010.tar"]
+    assert list(expand_braces("{a,b}/{1..2}")) == ["a/1", "a/2", "b/1", "b/2"]
+    assert list(expand_braces("{3..1}{x}")) == ["3{x}", "2{x}", "1{x}"]
+    for pattern in ("s-{008..010}.tar", "{a,b}/{1..2}", "{3..1}{x}"):
+        shell = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True)
+        assert list(expand_braces(pattern)) == shell.stdout.split()
+
+
+def test_a_bucket_is_listed_like_a_folder(bucket):
+    bucket.pipe({f"bucket/clips/{name}": b"x" for name in ("b.mp4", "a/one.mkv", "notes.txt", ".hidden.mp4")})
+    listing = VideoListing(["s3://bucket/clips"])
+    found = list(listing.videos())
+    assert [one.path for one in found] == ["s3://bucket/clips/a/one.mkv", "s3://bucket/clips/b.mp4"]
+    assert str(listing.skipped) == "1 .txt" and listing.is_read_once
+    # The MD5 of "x" is the ETag.
+    assert found[0] == VideoFile("s3://bucket/clips/a/one.mkv", 1, None, "9dd4e461268c8034f5c8564e155c67a6")
+    assert stat_video(found[0].path) == found[0] == listed("s3://bucket/clips/*/*.mkv")[0]
+    assert [one.path for one in listed("s3://bucket/clips", globs=["a/*"])] == [found[0].path]
+    parts = [listed("s3://bucket/clips", shard=Shard(number, 2)) for number in (1, 2)]
+    assert sorted(parts[0] + parts[1], key=lambda one: one.path) == found
+    bucket.pipe("bucket/clips/b.mp4", b"y")
+    assert listed("s3://bucket/clips/b.mp4")[0].etag != found[1].etag
+
+
+def test_what_a_store_refuses_is_said_in_one_sentence(bucket, monkeypatch):
+    bucket.pipe("bucket/a.mp4", b"x")
+    (missing,) = listed("s3://bucket/no.mp4")
+    assert missing.reason == "s3://bucket/no.mp4: there is no such file or folder; check the URL"
+    with pytest.raises(ClipError, match=r"no file matches this pattern"):
+        VideoListing(["s3://bucket/*.mkv"]).require_any()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("HOME", "/nowhere")
+    remote.filesystem.cache_clear()
+    with pytest.raises(ClipError, match=r"access to s3://bucket was denied .*AWS_ACCESS_KEY_ID.*FSSPEC_S3_ANON=true"):
+        VideoListing(["s3://bucket"]).require_any()
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # as FSSPEC_S3_ANON=true sets it
+    remote.filesystem.cache_clear()
+    assert [one.path for one in listed("s3://bucket")] == ["s3://bucket/a.mp4"]
+
+
+def test_unknown_schemes_and_missing_packages_are_named(monkeypatch):
+    (unknown,) = listed("nfs5://disk/a.mp4")
+    assert unknown.reason.startswith("nfs5:// is not a known URL scheme; use one of s3:// (package s3fs), gs://")
+    monkeypatch.setattr(remote, "find_spec", lambda name: None)
+    (missing,) = listed("gs://bucket/a.mp4")
+    assert missing.reason == "gs:// needs gcsfs: pip install 'salmonn[gcs]' or pip install gcsfs"
+
+
+def test_a_web_server_is_asked_again_and_its_failures_are_those_of_the_file(web, tmp_path):
+    web.files = {"/a.mp4": b"first", "/b c.mp4": b"second", "/flaky.mp4": b"third", "/large.mp4": b"x" * 5000}
+    web.failing = {"/gone.mp4": [404] * 9, "/secret.mp4": [403] * 9}
+    names = ["a.mp4?token=1%2F2", "b c.mp4", "gone.mp4", "secret.mp4"]
+    list_path = tmp_path / "list.txt"
+    list_path.write_text("".join(f"{web.url}/{name}\n" for name in names))
+    found = list(VideoListing(list_path=str(list_path)).videos())
+    assert [one.path if isinstance(one, VideoFile) else one.video for one in found] == [
+        f"{web.url}/{name}" for name in names
+    ]
+    assert found[0] == VideoFile(f"{web.url}/{names[0]}", 5, None, "8b04d5e3775d298e78455efc5ca404d5")
+    assert "no such file" in found[2].reason and "denied" in found[3].reason
+    assert fetched(*(f"{web.url}/{name}" for name in names[:2])) == {
+        f"{web.url}/{names[0]}": b"first",
+        f"{web.url}/{names[1]}": b"second",
+    }
+    web.failing["/flaky.mp4"] = [503, 503]  # of the HEAD and GET requests of the first attempt
+    video = listed(f"{web.url}/flaky.mp4")
+    web.failing["/flaky.mp4"] = [503, 503]
+    with Fetcher() as fetcher:
+        ((_, _, path),) = fetcher.ahead(enumerate(video))
+        assert path.read_bytes() == b"third" and path.parent.exists()
+    assert not path.parent.exists()
+
+
+def test_limits_of_a_file(web):
+    web.files = {"/large.mp4": b"x" * 5000}
+    url = f"{web.url}/large.mp4"
+    assert fetched(url, gib=4000 / (1 << 30))[url].startswith(
+        f"{url}: the file has more than 3.72529e-06 GiB; increase --scratch-gib"
+    )
+    assert "took more than 1e-09 s" in fetched(url, seconds=1e-9)[url]
+    (video,) = listed(url)
+    web.files["/large.mp4"] = b"changed"
+    with Fetcher() as fetcher:
+        ((_, _, path),) = fetcher.ahead([(0, video)])
+        assert not path.exists()
+        assert "7 bytes were received, and it had 5000 when it was listed" in fetcher.explain(video, "")
+
+
+def test_files_are_fetched_ahead_up_to_a_size():
+    """Files of 1000 bytes, and room for three of them: no fourth is fetched before one is released."""
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/clips/{number}.mp4": b"x" * 1000 for number in range(8)})
+    videos = listed("memory://clips")
+    with Fetcher(FetchConfig(gib=2500 / (1 << 30))) as fetcher:
+        ahead = fetcher.ahead(enumerate(videos))
+        taken = []
+        for index, video, path in ahead:
+            taken.append(video)
+            assert path.exists() and len(list(path.parent.iterdir())) <= max(3, len(taken))
+            assert fetcher.bucket_share(path) == pytest.approx(1000 / (2500 / 4))
+            if index >= 2:
+                fetcher.release(taken.pop(0))
+        assert index == 7
+    store.rm("/clips", recursive=True)
+
+
+def test_the_scratch_of_a_killed_run_is_deleted(tmp_path):
+    with Fetcher(FetchConfig(folder=tmp_path)) as first, Fetcher(FetchConfig(folder=tmp_path)) as second:
+        (tmp_path / "salmonn-scratch-left").mkdir()
+        (tmp_path / "salmonn-scratch-left" / "a.mp4").write_bytes(b"x")
+        store = fsspec.filesystem("memory")
+        store.pipe("/one.mp4", b"x")
+        for fetcher in (first, second):
+            assert [path.read_bytes() for _, _, path in fetcher.ahead(enumerate(listed("memory://one.mp4")))] == [b"x"]
+        assert len(list(tmp_path.iterdir())) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_datasets_on_the_hub(hub):
+    hub.files = {"clips/a.mp4": b"one", "clips/b.mp4": b"two", "README.md": b"x"}
+    found = listed("hf://datasets/ORG/NAME")
+    assert [(one.path, one.size_bytes) for one in found] == [
+        ("hf://datasets/ORG/NAME/clips/a.mp4", 3),
+        ("hf://datasets/ORG/NAME/clips/b.mp4", 3),
+    ]
+    assert all(len(one.etag) == 40 for one in found)
+    assert fetched("hf://datasets/ORG/NAME/clips/*.mp4") == {found[0].path: b"one", found[1].path: b"two"}
+    (private,) = listed("hf://datasets/ORG/OTHER/a.mp4")
+    assert "if it is private, run `hf auth login` or set HF_TOKEN" in private.reason
+
+
+def test_members_of_archives(web, tmp_path):
+    members = {"x/a.mp4": b"first", "x/a.json": b"{}", "x/._a.mp4": b"junk", "x/b.mp4": b"second" * 2000}
+    web.files["/s-0.tar"] = web.files["/s-1.tar"] = tar_of(members)
+    listing = VideoListing([f"{web.url}/s-{{0..1}}.tar"])
+    found = list(listing.videos())
+    assert [one.path.removeprefix(web.url) for one in found] == [
+        f"/s-{number}.tar::x/{name}.mp4" for number in (0, 1) for name in "ab"
+    ]
+    assert [one.size_bytes for one in found[:2]] == [5, 12000] and found[0].etag == found[1].etag is not None
+    assert str(listing.skipped) == "2 .json"
+    assert list(fetched(f"{web.url}/s-0.tar").values()) == [b"first", b"second" * 2000]
+    assert stat_video(found[1].path) == found[1]
+    local = tmp_path / "s.tar"
+    local.write_bytes(web.files["/s-0.tar"])
+    assert fetched(str(local)) == {f"{local}::x/a.mp4": b"first", f"{local}::x/b.mp4": b"second" * 2000}
+    # A folder has videos; an archive in it is named by itself.
+    with pytest.raises(ClipError, match=r"only 1 \.tar"):
+        VideoListing([str(tmp_path)]).require_any()
+
+
+def test_damaged_archives(tmp_path):
+    whole = tar_of({"a.mp4": b"first", "b.mp4": b"second" * 2000})
+    for name, data in (("cut.tar", whole[:5000]), ("junk.tar", b"junk" * 500)):
+        (tmp_path / name).write_bytes(data)
+    first, cut = listed(str(tmp_path / "cut.tar"))
+    assert first.path.endswith("cut.tar::a.mp4") and "the archive is truncated in b.mp4" in cut.reason
+    (junk,) = listed(str(tmp_path / "junk.tar"))
+    assert "the archive cannot be read" in junk.reason
+
+
+def test_a_server_without_ranges_cannot_serve_archives():
+    server = FileServer(ranges=False)
+    server.files["/s.tar"] = tar_of({"a.mp4": b"first"})
+    (failure,) = listed(f"{server.url}/s.tar")
+    server.close()
+    assert "does not send parts of files (range requests); download the file" in failure.reason
+
+
+def write_parquet(path: Path, values: list, kind: pyarrow.DataType, **options) -> str:
+    parquet.write_table(
+        pyarrow.table({"id": range(len(values)), "video": pyarrow.array(values, kind)}), path, **options
+    )
+    return str(path)
+
+
+def test_parquet_files_of_paths(tmp_path, web):
+    web.files = {"/a.mp4": b"web"}
+    (tmp_path / "b.mp4").write_bytes(b"local")
+    path = write_parquet(tmp_path / "t.parquet", [f"{web.url}/a.mp4", "b.mp4", None], pyarrow.string())
+    first, second = listed(path)
+    assert first.path == f"{web.url}/a.mp4" and first.etag
+    assert second == stat_video(str(tmp_path / "b.mp4"))
+    (failure,) = listed(path, column="clip")
+    assert "has no column 'clip', but id, video; name the one of the videos with --column" in failure.reason
+    (failure,) = listed(path, column="id")
+    assert "column 'id' has type int64" in failure.reason
+    # A remote table names files on its own store, and on others, but none of this machine.
+    store = fsspec.filesystem("memory")
+    for value, reason in (
+        ("clips/c.mp4", ""),
+        ("/etc/passwd.mp4", "is not on its store"),
+        ("../up.mp4", "not on its store"),
+    ):
+        store.put_file(write_parquet(tmp_path / "r.parquet", [value], pyarrow.string()), "/data/r.parquet")
+        store.pipe("/data/clips/c.mp4", b"remote")
+        (found,) = listed("memory://data/r.parquet")
+        assert found.path == "memory://data/clips/c.mp4" if not reason else reason in found.reason
+    store.rm("/data", recursive=True)
+
+
+def test_parquet_files_of_bytes(tmp_path):
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    (tmp_path / "c.mp4").write_bytes(b"third")
+    rows = [
+        {"bytes": b"first", "path": "a.mp4"},
+        {"bytes": b"second", "path": None},
+        {"bytes": None, "path": "c.mp4"},
+        None,
+    ]
+    path = write_parquet(tmp_path / "t.parquet", rows, kind, row_group_size=2)
+    found = fetched(path)
+    assert found == {
+        f"{path}::0": b"first",
+        f"{path}::1": b"second",
+        f"{path}::2": b"third",
+        f"{path}::3": f"{path}: row 3 has no video",
+    }
+    plain = write_parquet(tmp_path / "u.parquet", [b"first", b"second"], pyarrow.binary())
+    assert list(fetched(plain).values()) == [b"first", b"second"]
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from salmonn import cli
+from salmonn.batch import ledger
+
+append_records, calls = ledger.append_records, []
+
+def append_or_die(path, records):
+    calls.append(path)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    append_records(path, records)
+
+ledger.append_records = append_or_die
+cli.main(sys.argv[1:])
+"""
+
+
+def test_remote_files_are_captioned_once_through_kills_and_changes(videos, bucket, caption, random_model, tmp_path):
+    """Five videos of a bucket and two in an archive there: killed, resumed, and captioned again where changed."""
+    for number, video in enumerate(videos):
+        bucket.put_file(str(video), f"bucket/clips/{number}.mp4")
+    shard = tar_of({f"{number}.mp4": videos[number].read_bytes() for number in (0, 1)})
+    bucket.pipe("bucket/shard-00.tar", shard)
+    bucket.pipe("bucket/clips/broken.mp4", b"broken")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    args = ["s3://bucket/clips", "s3://bucket/shard-{00..00}.tar", "--scratch-dir", scratch]
+    out = tmp_path / "captions.jsonl"
+    model = ["--model", random_model, "--max-new-tokens", 6, "--workers", 1, "--batch-size", 1]
+    command = forked(sys.executable, "-c", KILLED_WHILE_WRITING, "caption", *args, "--out", out, *model)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=os.environ, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = out.read_bytes()
+    assert before.count(b"\n") == 3 and list(scratch.iterdir())
+    code, err = caption(*args)
+    assert code == 1 and "3 videos already done, skipped" in err and not list(scratch.iterdir())
+    assert out.read_bytes().startswith(before)
+    captions = read_records(out, Caption)
+    urls = {f"s3://bucket/clips/{number}.mp4" for number in range(5)} | {
+        f"s3://bucket/shard-00.tar::{one}.mp4" for one in (0, 1)
+    }
+    assert len(captions) == 7 and {one.video for one in captions} == urls
+    assert all(one.etag and one.size_bytes and one.modified_ns is None for one in captions)
+    (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
+    assert failure.video == "s3://bucket/clips/broken.mp4" and failure.reason.startswith(failure.video)
+    assert str(scratch) not in failure.reason
+    # Nothing is left to do; then one object changes, and the broken one is repaired.
+    assert "nothing to do" in caption(*args)[1]
+    bucket.put_file(str(videos[1]), "bucket/clips/0.mp4")
+    bucket.put_file(str(videos[0]), "bucket/clips/broken.mp4")
+    assert caption(*args, "--retry-failed")[0] == 0
+    assert caption(*args)[0] == 0
+    again = [one.video for one in read_records(out, Caption)[7:]]
+    assert again == ["s3://bucket/clips/broken.mp4", "s3://bucket/clips/0.mp4"]
+
+
+def test_the_captions_are_those_of_local_files(videos, caption, tmp_path):
+    """The seed follows from the name alone, so with the likeliest words the texts are equal."""
+    store = fsspec.filesystem("memory")
+    for number, video in enumerate(videos):
+        store.put_file(str(video), f"/clips/{number}.mp4")
+        (tmp_path / f"{number}.mp4").write_bytes(video.read_bytes())
+    room = 1.5 * max(video.stat().st_size for video in videos) / (1 << 30)  # for one or two at a time
+    options = ("--segments", 2, "--scratch-gib", room)
+    code, err = caption("memory://clips", *options)
+    assert code == 0, err
+    assert caption(tmp_path, *options, out="local.jsonl")[0] == 0
+    remote_captions, local = (read_records(tmp_path / name, Caption) for name in ("captions.jsonl", "local.jsonl"))
+    key = lambda one: (Path(one.video).name, one.start_seconds)  # noqa: E731
+    assert [(key(one), one.text) for one in sorted(remote_captions, key=key)] == [
+        (key(one), one.text) for one in sorted(local, key=key)
+    ]
+    store.rm("/clips", recursive=True)
+
+
+def test_subtitles_of_remote_videos_need_a_folder(videos, caption, tmp_path, call):
+    store = fsspec.filesystem("memory")
+    store.put_file(str(videos[0]), "/clips/a.mp4")
+    code, err = caption("memory://clips", "--export", "srt")
+    assert code == 2 and "subtitles are not written beside remote videos (memory://clips); choose" in err
+    code, err = caption("memory://clips", "--export", "srt", "--subtitle-dir", tmp_path / "subtitles")
+    assert code == 0, err
+    assert (tmp_path / "subtitles" / "memory" / "clips" / "a.mp4.srt").read_text().startswith("1\n00:00:00,000 -->")
+    store.rm("/clips", recursive=True)
