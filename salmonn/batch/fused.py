@@ -87,7 +87,9 @@ def _sources(out: Path) -> dict[bytes, str]:
 def _source(group: Sequence[Caption], settings: str) -> str:
     state = blake2b(settings.encode(), digest_size=16)
     for one in group:
-        state.update(repr((one.video, one.start_seconds, one.end_seconds, one.text, one.modified_ns)).encode())
+        state.update(
+            repr((one.video, one.start_seconds, one.end_seconds, one.text, one.modified_ns, one.etag)).encode()
+        )
     return state.hexdigest()
 
 
