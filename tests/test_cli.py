@@ -201,7 +201,7 @@ def test_help_is_grouped_and_names_no_types(call):
     _, out, _ = call("caption", "--help")
     headings = re.findall(r"^(\w[^\n]*):$", out, re.MULTILINE)
     assert headings == [
-        "options", "Input", "Prompt and sampling", "Shape of the captions",
+        "options", "Input", "Prompt and sampling", "Context", "Shape of the captions",
         "One caption of a whole video", "Output", "Speed and limits", "Model", "Server instead of a local model",
     ]  # fmt: skip
     assert "type: " not in out and "null" not in out and "Literal" not in out

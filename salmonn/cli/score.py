@@ -228,6 +228,7 @@ def _write_report(
     captions: Sequence[Caption],
     references: Mapping[str, Reference],
 ) -> None:
+    from salmonn.score.dialogue import dialogue_rates
     from salmonn.score.report import Report, write_report
 
     absent = len(references) - len({caption.video for caption in captions} & set(references))
@@ -237,6 +238,11 @@ def _write_report(
         notes.append(
             f"Total by the published protocol is {scored.with_all.total:.3f} over all {scored.with_all.num_videos} "
             "videos, if those without a score count as completely missed."
+        )
+    if dialogue := dialogue_rates(scored.scores):
+        notes.append(
+            f"Dialogue: word error rate {dialogue.wer:.1%}, recall {dialogue.recall:.1%} of {dialogue.num_spoken} "
+            "spoken words."
         )
     write_report(
         values.report,

@@ -174,9 +174,11 @@ def test_score_and_compare_report_dialogue(call, serve, tmp_path):
         code, out, err = call(
             "score", tmp_path / f"{name}.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai",
             "--base-url", server.url, "--model", "scripted", "--out", tmp_path / f"{name}.scores.jsonl",
-            "--summary", tmp_path / f"{name}.json",
+            "--summary", tmp_path / f"{name}.json", "--report", tmp_path / f"{name}.html",
         )  # fmt: skip
         assert code == 0, err
+    note = "Dialogue: word error rate 60.0%, recall 40.0% of 5 spoken words."
+    assert note in (tmp_path / "first.html").read_text()
     dialogue = read_json(tmp_path / "first.json")["dialogue"]
     assert dialogue["rates"] == {
         "wer": 3 / 5, "recall": 2 / 5, "hallucinated": 0.0, "num_spoken": 5, "num_quoted": 2, "num_silent": 0,
