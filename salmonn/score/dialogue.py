@@ -1,8 +1,8 @@
 """Dialogue in captions: the speech that a caption quotes, aligned to the speech of its reference.
 
-D-ORCA (arXiv 2602.07960) lets a language model extract all speech from a caption and computes the word error rate of
-its concatenation. The measures here follow that definition, but extract quotations by rules, so that the result is the
-same each time and costs nothing. `docs/metrics.md` has the formulas with a worked example.
+After the word error rate of D-ORCA (arXiv 2602.07960), for which a language model extracts all speech from a caption.
+Here rules extract quotations, so that the result is the same each time and costs nothing. `docs/metrics.md` has the
+formulas with a worked example.
 """
 
 import re
