@@ -67,15 +67,21 @@ def write_published_layout(model: Path, folder: Path, *, base: str) -> None:
         ValueError: the base has another family or other sizes, or its files cannot be read.
     """
     ours, theirs = load_config(model), load_config(base)
-    if ours.family != theirs.family:
+    if get_family(ours).name != get_family(theirs).name:
         raise ValueError(
             f"{model} was not trained from {base}: it is a {ours.family} model and not a {theirs.family} one; pass the "
             "checkpoint that training started from as --base"
         )
-    tensors = {name: tensor for path in sorted(model.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    family = get_family(ours)
+    tensors = {
+        part: value
+        for path in sorted(model.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+        for part, value in family.split_weight(name, tensor).items()
+    }
     published, used = dict[str, Tensor](), set[str]()
     for name, tensor in _read_base(base):
-        own = _own_name(name, get_family(ours).weight_names)
+        own = _own_name(name, family.weight_names)
         if own in tensors and tensors[own].shape != tensor.shape:
             raise ValueError(
                 f"{model} was not trained from {base}: {name} has shape {tuple(tensor.shape)} there and "

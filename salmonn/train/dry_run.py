@@ -36,6 +36,7 @@ PARTS = {
     "projections": (
         "vision.encoder.merger.",
         "vision.encoder.deepstack_merger_list.",
+        "vision.encoder.merger_list.",
         "vision.projector.",
         "vision.newline",
         "audio.projector.",

@@ -42,9 +42,11 @@ class Stack:
         first = lambda *names: next(values[name] for name in names if values.get(name))  # noqa: E731
         heads = first("num_attention_heads", "encoder_attention_heads", "num_heads")
         width = first("hidden_size", "d_model")
+        # Of a mixture of experts, the sizes of those that a token passes through.
+        experts = values.get("num_experts_per_tok", 1)
         return cls(
             width=width,
-            inner=first("intermediate_size", "encoder_ffn_dim"),
+            inner=experts * first("moe_intermediate_size", "intermediate_size", "encoder_ffn_dim"),
             layers=first("encoder_layers", "num_hidden_layers", "depth"),
             heads=heads,
             kv_heads=values.get("num_key_value_heads") or heads,

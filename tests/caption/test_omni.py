@@ -6,7 +6,7 @@ are; its video processor needs torchvision, so that of it `patchify` alone runs,
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -14,7 +14,13 @@ from unittest import mock
 import pytest
 import torch
 import transformers.video_processing_utils
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from safetensors.torch import load_file
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import generate
@@ -23,9 +29,10 @@ from salmonn.caption.processor import PromptRow
 from salmonn.media.clip import Clip
 from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
 from salmonn.model.loading import load_config
+from salmonn.model.publish import write_published_layout
 from salmonn.model.towers import normalize
 from salmonn.train.feature_cache import FeatureCache
-from tests.omni_models import Published, make_clip, make_qwen2_5_omni
+from tests.omni_models import Published, make_clip, make_qwen2_5_omni, make_qwen3_omni
 
 PROMPT, ANSWER = "Describe the video.", "a red circle moves"
 CLIPS = {
@@ -35,15 +42,43 @@ CLIPS = {
     "video": make_clip(frames=6, seed=3),
     "audio": make_clip(audio_seconds=3.217, seed=4),
 }
-CLIP_TEXTS = {
-    (True, True): "<|vision_bos|><|VIDEO|><|vision_eos|>",
-    (True, False): "<|vision_bos|><|VIDEO|><|vision_eos|>",
-    (False, True): "<|audio_bos|><|AUDIO|><|audio_eos|>",
-}
 SYSTEM = (
-    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
-    "visual inputs, as well as generating text and speech."
+    "<|im_start|>system\nYou are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
+    "perceiving auditory and visual inputs, as well as generating text and speech.<|im_end|>\n"
 )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the two families.
+
+    Args:
+        make: maker of a random checkpoint.
+        system: system message in front of a chat.
+        video, audio: text of the chat for a video, with or without audio, and for audio alone.
+        mean, std: normalization of pixels.
+        published_grid_seconds: duration of a grid step of two frames a second in the default of transformers.
+    """
+
+    make: Callable[..., Published]
+    system: str
+    video: str
+    audio: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    published_grid_seconds: float
+
+
+KINDS = {
+    "qwen2.5-omni": Kind(
+        make_qwen2_5_omni, SYSTEM, "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|audio_bos|><|AUDIO|><|audio_eos|>",
+        OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, 1.0,
+    ),
+    "qwen3-omni": Kind(
+        make_qwen3_omni, "", "<|vision_start|><|video_pad|><|vision_end|>", "<|audio_start|><|audio_pad|><|audio_end|>",
+        IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, 2.0,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,9 +91,14 @@ class Case:
     theirs: dict[str, Any]
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> Kind:
+    return KINDS[request.param]
+
+
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Published:
-    return make_qwen2_5_omni(tmp_path_factory.mktemp("omni") / "model")
+def published(kind, tmp_path_factory) -> Published:
+    return kind.make(tmp_path_factory.mktemp("omni") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +120,20 @@ def video_processor() -> Any:
 
 
 @pytest.fixture(scope="module")
-def cases(captioner, published) -> dict[str, Case]:
-    return {name: make_case(captioner, published, clip) for name, clip in CLIPS.items()}
+def cases(captioner, published, kind) -> dict[str, Case]:
+    return {name: make_case(captioner, published, kind, clip) for name, clip in CLIPS.items()}
 
 
-def make_case(captioner: Captioner, published: Published, clip: Clip) -> Case:
+def make_case(captioner: Captioner, published: Published, kind: Kind, clip: Clip, **options: float) -> Case:
     media = captioner.processor.clip_inputs(clip)
     ours = captioner.processor.collate([PromptRow(0, PROMPT, ANSWER)], [media])
     text = (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-        f"{CLIP_TEXTS[clip.has_video, clip.has_audio]}{PROMPT}<|im_end|>\n<|im_start|>assistant\n{ANSWER}<|im_end|>"
+        f"{kind.system}<|im_start|>user\n{kind.video if clip.has_video else kind.audio}{PROMPT}<|im_end|>\n"
+        f"<|im_start|>assistant\n{ANSWER}<|im_end|>"
     )
-    theirs = published.process(text, grid=media.grid if clip.has_video else None, waveform=clip.waveform)
+    theirs = published.process(text, grid=media.grid if clip.has_video else None, waveform=clip.waveform, **options)
     if clip.has_video:
-        theirs["pixel_values_videos"] = normalize(media.pixels)
+        theirs["pixel_values_videos"] = normalize(media.pixels, mean=kind.mean, std=kind.std)
     return Case(clip, media, ours, theirs)
 
 
@@ -113,16 +153,16 @@ def answers(inputs: dict[str, Any], length: int) -> Iterator[tuple[str, Any]]:
         yield name, value[:, :-length] if name in ("input_ids", "attention_mask") else value
 
 
-def test_patches(cases, video_processor):
+def test_patches(cases, kind, video_processor):
     for case in cases.values():
         if not case.clip.has_video:
             continue
         frames = torch.from_numpy(case.clip.frames).permute(0, 3, 1, 2)[None] / 255
-        mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (kind.mean, kind.std))
         processor = video_processor.__new__(video_processor)
         patches, *grid = processor.patchify((frames - mean) / std, 14, 2, 2)
         assert tuple(grid) == case.media.grid
-        assert (normalize(case.media.pixels) - patches[0]).abs().max() < 1e-5
+        assert (normalize(case.media.pixels, mean=kind.mean, std=kind.std) - patches[0]).abs().max() < 1e-5
 
 
 def test_log_mel(cases):
@@ -139,6 +179,19 @@ def test_token_layout(captioner, cases):
         assert token_ids(captioner, case.ours) == case.theirs["input_ids"][0].tolist(), name
 
 
+def test_published_positions(published, kind, cases):
+    """Of the default of transformers, which takes the frames of Qwen3-Omni for one a second."""
+    captioner = Captioner.load(published.folder, published_positions=True)
+    theirs = {
+        name: make_case(captioner, published, kind, CLIPS[name], seconds_per_grid=kind.published_grid_seconds)
+        for name in ("video and audio", "audio longer than the video", "video")
+    }
+    test_token_layout(captioner, theirs)
+    test_positions(published, theirs)
+    moved = [not torch.equal(theirs[name].ours.position_ids, cases[name].ours.position_ids) for name in theirs]
+    assert moved == [kind.published_grid_seconds != 1.0] * 3
+
+
 def test_positions(published, cases):
     for name, case in cases.items():
         inputs = case.theirs
@@ -151,7 +204,7 @@ def test_positions(published, cases):
             audio_seqlens=None if mask is None else mask.sum(-1),
             second_per_grids=inputs.get("video_second_per_grid"),
         )
-        assert torch.equal(case.ours.position_ids, positions), name
+        assert torch.equal(case.ours.position_ids, positions.long()), name
 
 
 @torch.no_grad()
@@ -202,20 +255,22 @@ def test_rows_share_a_prefix_and_features_are_cached(captioner, cases, tmp_path)
     assert (captioner.network(cached) - together).abs().max() < 1e-6
 
 
-def test_frames_that_do_not_follow_the_rate_keep_their_real_times(captioner):
-    """6 frames of 12 s are a grid step of 4 s, 100 positions; as published, it counts as one second, 25 positions."""
+def test_frames_that_do_not_follow_the_rate_keep_their_real_times(captioner, kind):
+    """6 frames of 12 s are a grid step of 4 s."""
     media = captioner.processor.clip_inputs(make_clip(frames=6, seconds=12.0))
     family = captioner.processor.family
-    ids = [[1], [2]]
-    for published, step in ((False, 100), (True, 25)):
+    ids, rate = [[1], [2]], family.default_positions_per_second
+    for published, step in ((False, 4 * rate), (True, int(kind.published_grid_seconds * rate))):
         times = family.layout(media, timestamp_ids=ids, published_positions=published).positions[0]
         assert times.unique().tolist() == [0, 1, 1 + step, 1 + 2 * step, 2 + 2 * step]
 
 
-def test_audio_beyond_five_minutes_is_cut_off(captioner):
+def test_audio_beyond_five_minutes_is_cut_off_where_transformers_does(captioner, published):
     media = captioner.processor.clip_inputs(make_clip(audio_seconds=302.5))
-    assert media.mel.shape[-1] == 30_000
-    assert media.info.warnings == ("ignoring the last 2.5 s of audio; this model takes 300.0 s",)
+    is_cut = published.audio_options.get("truncation", True)
+    assert media.mel.shape[-1] == (30_000 if is_cut else 30_250)
+    warning = "ignoring the last 2.5 s of audio; this model takes 300.0 s"
+    assert media.info.warnings == ((warning,) if is_cut else ())
 
 
 def test_a_few_samples_of_audio_have_one_token(captioner):
@@ -231,3 +286,11 @@ def test_a_checkpoint_without_a_part_is_rejected(published, tmp_path, part):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=f"the thinker's config has no {part}; use a checkpoint that"):
         load_config(tmp_path)
+
+
+def test_a_trained_model_is_written_in_the_published_layout(captioner, published, tmp_path):
+    captioner.save(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    write_published_layout(tmp_path / "model", tmp_path / "out", base=str(published.folder))
+    written, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", published.folder))
+    assert written.keys() == base.keys() and all(torch.equal(written[name], base[name]) for name in base)

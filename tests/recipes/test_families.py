@@ -10,7 +10,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_network
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.data import all_texts
-from tests.omni_models import make_qwen2_5_omni
+from tests.omni_models import make_qwen2_5_omni, make_qwen3_omni
 from tests.recipes.test_mrdpo import ROUND
 
 TRAINING = {
@@ -19,7 +19,7 @@ TRAINING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "make"), [("qwen2.5-omni", make_qwen2_5_omni)])
+@pytest.mark.parametrize(("family", "make"), [("qwen2.5-omni", make_qwen2_5_omni), ("qwen3-omni", make_qwen3_omni)])
 def test_all_stages(launch, sizes, tmp_path, family, make):
     """SFT learns from cached features; one round of mrDPO and rebirth change only what their adapters change."""
     synth = SynthConfig(

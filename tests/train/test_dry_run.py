@@ -48,12 +48,20 @@ PARAMETERS = {
     "Qwen/Qwen2.5-Omni-3B": (3_085_938_688 + 151_936 * 2048, 668_684_288),
     "Qwen/Qwen2.5-Omni-7B": (7_615_616_512, 676_550_144),
     "AVoCaDO-Captioner/AVoCaDO": (7_615_616_512, 676_550_144),
+    # Qwen3-30B-A3B with 128 tokens more.
+    "Qwen/Qwen3-Omni-30B-A3B-Instruct": (30_532_122_624 + 2 * 128 * 2048, None),
+    "Qwen/Qwen3-Omni-30B-A3B-Captioner": (30_532_122_624 + 2 * 128 * 2048, None),
     "tsinghua-ee/video-SALMONN-2": (7_615_616_512, None),
     "3B": (3_085_938_688, 668_684_288),
     "7B": (7_615_616_512, 676_550_144),
     "72B": (72_706_203_648, 704_573_696),
 }
 WHISPER_LARGE_ENCODER = 636_968_960  # with its 1500 fixed positions
+# 32 layers as Whisper's but with biases of keys, three convolutions of 480 channels, and a projection of 16 mel bins.
+QWEN3_OMNI_ENCODER = (
+    32 * (4 * (1280**2 + 1280) + 2 * 1280 * 5120 + 5120 + 1280 + 4 * 1280)
+    + (480 * 9 + 480) + 2 * (480 * 480 * 9 + 480) + 480 * 16 * 1280 + 2 * 1280
+)  # fmt: skip
 
 
 def adapted(config):
@@ -80,6 +88,7 @@ def test_parameters_of_the_published_models(model):
         "salmonn2-plus": WHISPER_LARGE_ENCODER,
         "d-orca": WHISPER_LARGE_ENCODER,
         "qwen2.5-omni": WHISPER_LARGE_ENCODER - 1500 * 1280 + 2 * width,  # its positions are no weights; two markers
+        "qwen3-omni": QWEN3_OMNI_ENCODER,
     }
     assert counts["audio encoder"].total == audio.get(config.family, 0)
     head_width = text.get("head_dim") or width // text["num_attention_heads"]
@@ -187,6 +196,9 @@ def test_tokens_by_hand():
     # 102 frames of 25,600 * 784 / 51 pixels: 51 steps of 16 x 29 squares of 28, 25 audio tokens a second, 4 markers.
     for name in ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B", "AVoCaDO-Captioner/AVoCaDO"):
         assert tokens.pop(name) == 51 * (16 * 29 + 25) + 4
+    # 102 frames of 768 * 1024 pixels: 51 steps of 20 x 36 squares of 32, 13 audio tokens a second, 4 markers.
+    for name in ("Instruct", "Captioner"):
+        assert tokens.pop(f"Qwen/Qwen3-Omni-30B-A3B-{name}") == 51 * (20 * 36 + 13) + 4
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
     name = "tsinghua-ee/video-SALMONN2_plus_7B_full"

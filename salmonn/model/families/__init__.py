@@ -6,11 +6,12 @@ from salmonn.model.config import SalmonnConfig
 from salmonn.model.families.base import Family
 from salmonn.model.families.d_orca import DOrca
 from salmonn.model.families.qwen2_5_omni import Qwen2_5Omni
+from salmonn.model.families.qwen3_omni import Qwen3Omni
 from salmonn.model.families.qwen3_vl import Qwen3VL
 from salmonn.model.families.salmonn2 import Salmonn2
 from salmonn.model.families.salmonn2_plus import Salmonn2Plus
 
-FAMILIES: tuple[type[Family], ...] = (Salmonn2, Salmonn2Plus, Qwen3VL, DOrca, Qwen2_5Omni)
+FAMILIES: tuple[type[Family], ...] = (Salmonn2, Salmonn2Plus, Qwen3VL, DOrca, Qwen2_5Omni, Qwen3Omni)
 PUBLISHED_CONFIGS = {name: values for family in FAMILIES for name, values in family.published_configs.items()}
 
 

@@ -133,6 +133,10 @@ class Family(ABC):
         """
         return 0
 
+    def split_weight(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a weight that published checkpoints have one by one, such as experts, by our names."""
+        return {name: weight}
+
     # From a clip to model inputs
 
     @property
@@ -294,11 +298,13 @@ class GridFamily(Family):
         """See `Family`.
 
         First the uint8 pixels and two float32 copies while they are normalized; then the first layer's temporaries.
-        Attention rotates queries and keys in float32 (4 D of 4 bytes, with 3 D in matrix products).
+        Attention rotates queries and keys in float32 (4 D of 4 bytes, with 3 D in matrix products). Or four position
+        embeddings of each patch, where there are any, while they are looked up and weighted (8 D).
         """
         num_pixels, width = clip.pixels.numel(), int(self.vision_config["hidden_size"])
         attention = width * (4 * 4 + 3 * matmul_bytes + 2 * weight_bytes)
-        return num_pixels + max(2 * 4 * num_pixels, len(clip.pixels) * max(attention, patch_bytes))
+        lookup = 8 * width * weight_bytes if "num_position_embeddings" in self.vision_config else 0
+        return num_pixels + max(2 * 4 * num_pixels, len(clip.pixels) * max(attention, patch_bytes, lookup))
 
 
 def without_dtypes(values: dict[str, Any]) -> dict[str, Any]:

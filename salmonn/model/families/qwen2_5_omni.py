@@ -7,6 +7,7 @@ weights of the talker, which speaks, are ignored.
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -103,6 +104,10 @@ class Qwen2_5Omni(GridFamily):
     config_class: ClassVar[Any] = Qwen2_5OmniThinkerConfig
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni", "qwen2_5_omni_thinker")
     default_system_prompt: ClassVar[str] = SYSTEM_PROMPT
+    default_positions_per_second: ClassVar[int] = 25
+    published_frames_per_second: ClassVar[float | None] = (
+        None  # that published positions assume; None for the sampler's
+    )
     # AVoCaDO, ASID-Captioner and DiaDem are run with these limits; those of Qwen's own examples are the sampler's.
     default_frames: ClassVar[dict[str, int]] = {"max_pixels": 401_408, "total_pixels": 20_070_400}
 
@@ -186,14 +191,35 @@ class Qwen2_5Omni(GridFamily):
     def layout(
         self, clip: ClipInputs, *, timestamp_ids: Sequence[Sequence[int]] = (), published_positions: bool = False
     ) -> Layout:
-        return interleave_in_chunks(
-            self.token_grid(clip),
-            num_audio=self.count_audio_tokens(clip.mel.shape[-1]) if len(clip.mel) else 0,
-            seconds_per_grid=self.seconds_per_grid(clip, published=published_positions),
-            positions_per_second=self.config.lm.get("position_id_per_seconds", 25),
-            chunk_seconds=self.config.lm.get("seconds_per_chunk", 2),
+        grid = self.token_grid(clip)
+        num_audio = self.count_audio_tokens(clip.mel.shape[-1]) if len(clip.mel) else 0
+        rate = self.config.lm.get("position_id_per_seconds", self.default_positions_per_second)
+        seconds_per_grid = self.seconds_per_grid(clip, published=published_positions)
+        return self.interleave(
+            positions_in_time(grid, num_audio=num_audio, positions_per_grid=seconds_per_grid * rate),
+            num_visual=math.prod(grid) if grid else 0,
             markers=timestamp_ids,
         )
+
+    def interleave(self, positions: Tensor, *, num_visual: int, markers: Sequence[Sequence[int]]) -> Layout:
+        """Lay out the grid steps of a chunk of time, then its audio tokens, then the next chunk, between markers.
+
+        Args:
+            positions: (3, V + A) positions of the visual and the audio tokens, from 0 on.
+            num_visual: V.
+            markers: token ids in front of the clip and behind it.
+        """
+        rate = self.config.lm.get("position_id_per_seconds", self.default_positions_per_second)
+        size = int(rate * self.config.lm.get("seconds_per_chunk", 2))
+        parts = [
+            torch.arange(len(times)).tensor_split(_chunk_bounds(times, size)) if len(times) else ()
+            for times in (positions[0, :num_visual], positions[0, num_visual:])
+        ]
+        visual, audio = parts[0], [part + num_visual for part in parts[1]]
+        chunks = zip_longest(visual, audio, fillvalue=torch.zeros(0, dtype=torch.long))
+        order = torch.cat([part for chunk in chunks for part in chunk])
+        # Both markers at the start, or at the end, have the same position.
+        return surround(order, positions, num_visual=num_visual, markers=markers, marker_step=0)
 
     def seconds_per_grid(self, clip: ClipInputs, *, published: bool) -> float:
         """Return the time between two steps of the grid, of two frames each.
@@ -204,7 +230,9 @@ class Qwen2_5Omni(GridFamily):
         """
         sampler = self.frame_sampler
         assert isinstance(sampler, EvenCountSampler)
-        if published or not clip.num_frames or clip.num_frames == sampler.count_wanted(clip.seconds):
+        if published:
+            return 2 / (self.published_frames_per_second or sampler.frames_per_second)
+        if not clip.num_frames or clip.num_frames == sampler.count_wanted(clip.seconds):
             return 2 / sampler.frames_per_second
         return 2 * clip.seconds / clip.num_frames
 
@@ -226,53 +254,51 @@ class Qwen2_5OmniDecoder(Qwen2_5OmniPreTrainedModel, GenerationMixin):
         self.post_init()
 
 
-def interleave_in_chunks(
-    grid: tuple[int, int, int] | None,
-    *,
-    num_audio: int,
-    seconds_per_grid: float,
-    positions_per_second: int,
-    chunk_seconds: float,
-    markers: Sequence[Sequence[int]],
-) -> Layout:
-    """Lay out the grid steps of a chunk of time, then its audio tokens, then the next chunk, between markers.
+def positions_in_time(grid: tuple[int, int, int] | None, *, num_audio: int, positions_per_grid: float) -> Tensor:
+    """Return the positions (3, V + A) of visual and audio tokens, from 0 on.
 
-    A visual token of step k has position (1 + floor(k * seconds_per_grid * positions_per_second), 1 + row, 1 + column),
-    the j-th audio token 1 + j in all three. The markers at the start have position 0, those at the end one more than
-    the greatest of the last part in front of them, and the next text has one more again.
+    A visual token of grid step k has (floor(k * positions_per_grid), row, column), the j-th audio token (j, j, j).
 
     Args:
         grid: steps, rows and columns of visual tokens; None without video.
-        num_audio: A audio tokens, `positions_per_second` of them for a second.
-        seconds_per_grid: duration of a grid step.
-        positions_per_second: rate of the first position.
-        chunk_seconds: duration of a chunk.
-        markers: token ids in front of the clip and behind it.
+        num_audio: A.
+        positions_per_grid: positions in time from a grid step to the next.
     """
     steps, rows, columns = grid or (0, 1, 1)
     cells = torch.arange(rows * columns).repeat(steps)
-    times = (torch.arange(steps) * seconds_per_grid * positions_per_second).long().repeat_interleave(rows * columns)
-    of_visual = torch.stack([times, cells // columns, cells % columns]) + 1
-    of_audio = torch.arange(num_audio).expand(3, -1) + 1
-    positions = torch.cat([of_visual, of_audio], dim=1)
-    size = int(positions_per_second * chunk_seconds)
-    visual = torch.arange(len(times)).tensor_split(_chunk_bounds(times, size))
-    audio = torch.arange(num_audio).tensor_split(_chunk_bounds(torch.arange(num_audio), size))
-    parts = []
-    for number in range(max(len(visual), len(audio))):
-        parts += [visual[number]] if steps and number < len(visual) else []
-        parts += [audio[number] + len(times)] if num_audio and number < len(audio) else []
+    times = (torch.arange(steps) * positions_per_grid).long().repeat_interleave(rows * columns)
+    visual = torch.stack([times, cells // columns, cells % columns])
+    return torch.cat([visual, torch.arange(num_audio).expand(3, -1)], dim=1)
+
+
+def surround(
+    order: Tensor, positions: Tensor, *, num_visual: int, markers: Sequence[Sequence[int]], marker_step: int
+) -> Layout:
+    """Put markers around a clip's tokens.
+
+    As published, the markers at the end follow the greatest position of the last tokens of one kind.
+
+    Args:
+        order: (V + A,) indices of the tokens.
+        positions: (3, V + A) positions of the visual and the audio tokens, from 0 on.
+        num_visual: V.
+        markers: token ids in front of the clip and behind it.
+        marker_step: 1 if the markers at one end count up, 0 if they share a position.
+    """
     num_start, num_end = (len(ids) for ids in markers)
-    end = int(positions[:, parts[-1]].max()) + 1
-    first = len(times) + num_audio
-    order = torch.cat([torch.arange(num_start) + first, *parts, torch.arange(num_end) + first + num_start])
-    of_markers = torch.tensor([0] * num_start + [end] * num_end).expand(3, -1)
+    start = torch.arange(num_start) * marker_step
+    inner = positions + int(start[-1]) + 1
+    is_visual = order < num_visual
+    is_last_run = (is_visual != is_visual[-1]).flip(0).cumsum(0).flip(0) == 0
+    end = torch.arange(num_end) * marker_step + int(inner[:, order[is_last_run]].max()) + 1
+    num_tokens = len(order)
+    full = torch.cat([torch.arange(num_start) + num_tokens, order, torch.arange(num_end) + num_tokens + num_start])
     return Layout(
-        order,
-        torch.cat([positions, of_markers], dim=1)[:, order],
-        num_visual=len(times),
+        full,
+        torch.cat([inner, start.expand(3, -1), end.expand(3, -1)], dim=1)[:, full],
+        num_visual=num_visual,
         timestamp_ids=tuple(token for ids in markers for token in ids),
-        text_start=end + 1,
+        text_start=int(end[-1]) + 1,
     )
 
 

@@ -140,19 +140,6 @@ class Qwen3VL(GridFamily):
         """Remove the line break behind the clip: the prompt follows it directly."""
         return before, [after.removeprefix("\n")]
 
-    def vision_peak_bytes(self, clip: ClipInputs, *, patch_bytes: int, weight_bytes: int, matmul_bytes: int) -> int:
-        """See `Family`.
-
-        As for Qwen2.5-VL, or while four position embeddings of each patch are looked up and weighted (8 D).
-        """
-        width = int(self.vision_config["hidden_size"])
-        return super().vision_peak_bytes(
-            clip,
-            patch_bytes=max(patch_bytes, 8 * width * weight_bytes),
-            weight_bytes=weight_bytes,
-            matmul_bytes=matmul_bytes,
-        )
-
 
 def interleave_with_text(
     grid: tuple[int, int, int], *, texts: Sequence[Sequence[int]], audio_cuts: Sequence[int]
