@@ -22,6 +22,7 @@ from salmonn.score.llm_protocol import ChatRequest
 logger = logging.getLogger(__name__)
 
 _OWN = "salmonn"  # owner of the models of `salmonn serve`, and a name that it takes for any of them
+_MAX_INTERNAL_ERROR_SECONDS = 4.0
 _MAX_LISTED = 10  # models in an error message
 _REMEDIES = {
     ("images",): "choose a model that takes images, or caption the audio alone with --modality audio",
@@ -48,6 +49,9 @@ def connect_captioner(
     captioner = ServerCaptioner(options, reader=reader)
     models = captioner.client.list_models()
     captioner.is_own = _is_own(models or [], options.server_model)
+    client = captioner.client
+    # A server that cannot process a kind of clip may say so with status 500.
+    client.internal_error_seconds = min(_MAX_INTERNAL_ERROR_SECONDS, options.retry_seconds)
     try:
         _choose_input(captioner, modality, cuts_files=cuts_files)
     except (LLMStoppedError, LLMRejectedError) as error:
@@ -56,9 +60,10 @@ def connect_captioner(
         if models is None or captioner.is_own or options.server_model in names or isinstance(error, SpendCapError):
             raise
         raise ValueError(
-            f"{captioner.client.address} has no model {options.server_model!r}; it offers "
+            f"{client.address} has no model {options.server_model!r}; it offers "
             f"{_list_names(names, options.server_model or '')}"
         ) from error
+    client.internal_error_seconds = options.retry_seconds
     return captioner
 
 

@@ -37,6 +37,7 @@ from salmonn.score.llm_protocol import (
 logger = logging.getLogger(__name__)
 
 _PROBE = [{"role": "user", "content": "Reply with the word yes."}]
+_PROBE_TOKENS = 16
 _REJECTED_STATUS = (400, 413, 422)  # bad request, too large, unprocessable: another request may succeed
 _MAX_DELAY_SECONDS = 60.0
 _FIRST_CONTACT_SECONDS = 10.0
@@ -77,6 +78,8 @@ class ChatClient:
 
     Attributes:
         on_retry: called with the error of each request that is about to be retried.
+        internal_error_seconds: how long a request is retried after status 500, which some servers also send for what
+            they cannot process; at most `config.retry_seconds`.
 
     Raises:
         ValueError: no API key is set for OpenAI's own server.
@@ -84,6 +87,7 @@ class ChatClient:
 
     def __init__(self, config: LLMConfig, *, saved: str, token_cap_flag: str = "--max-tokens") -> None:
         self.config = config
+        self.internal_error_seconds = config.retry_seconds
         self.on_retry: Callable[[BaseException], object] = lambda error: None
         self._saved, self._token_cap_flag = saved, token_cap_flag
         self.address = (config.base_url or "OpenAI").rstrip("/")
@@ -261,7 +265,8 @@ class ChatClient:
     def _is_alive(self) -> bool:
         """Return whether the server replies to a trivial request."""
         config = self.config
-        probe = ChatRequest(_PROBE, temperature=config.temperature, token_limit=config.reply_token_limit)
+        limit = None if config.reply_token_limit is None else min(config.reply_token_limit, _PROBE_TOKENS)
+        probe = ChatRequest(_PROBE, temperature=config.temperature, token_limit=limit)
         try:
             self._request(probe, probe.applicable(self._options))
         except openai.APIError as error:
@@ -323,7 +328,7 @@ class ChatClient:
         """Return the time left for retries of a request; a server that was never reached gets little."""
         error = _error_of(state)
         is_unreachable = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
-        limit = self.config.retry_seconds
+        limit = self.internal_error_seconds if _status_of(error) == 500 else self.config.retry_seconds
         if is_unreachable and not self._has_replied:
             limit = min(limit, _FIRST_CONTACT_SECONDS)
         return limit - (state.seconds_since_start or 0.0)

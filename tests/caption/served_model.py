@@ -51,13 +51,15 @@ def describe(request: dict[str, Any], *, hears_wav: bool = True, hears_video: bo
     return text
 
 
-def captioner(*, refused: tuple[str, ...] = (), **senses: bool) -> Script:
+def captioner(*, refused: tuple[str, ...] = (), status: int = 400, **senses: bool) -> Script:
     """Script of a model that refuses some types of parts."""
 
     def script(request: dict[str, Any], number: int) -> Answer:
+        if not is_about_a_clip(request):
+            return Answer("yes")
         for part in content_of(request):
             if part["type"] in refused:
-                return Answer(f"{part['type']} is not supported by this model", status=400)
+                return Answer(f"{part['type']} is not supported by this model", status=status)
         return Answer(describe(request, **senses))
 
     return script

@@ -343,6 +343,17 @@ def test_refused_modalities_are_named(serve, refused, modality, message):
         connect(serve(scripted(refused=refused)), modality=modality)
 
 
+def test_a_server_that_breaks_on_what_it_does_not_take(serve, clock):
+    """As `transformers serve` does: status 500, also when it is asked again, while it answers other requests."""
+    senses = dict(refused=("video_url",), status=500)
+    assert connect(serve(scripted(**senses))).input == "frames"
+    # Both of the file's inputs were retried for a few seconds, not for ten minutes.
+    assert 0 < clock.now < 60
+    senses["refused"] = ("video_url", "input_audio")
+    with pytest.raises(ValueError, match=r"does not take audio: .*; choose a model that takes audio"):
+        connect(serve(scripted(**senses)))
+
+
 def test_a_refused_input_is_named(serve):
     with pytest.raises(ValueError, match=r"does not take clips sent as video: .* use --server-input frames$"):
         connect(serve(scripted(refused=("video_url",))), server_input="video")
