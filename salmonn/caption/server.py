@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from salmonn.caption.adaptive_limit import AdaptiveLimit
@@ -89,17 +90,20 @@ class ServerCaptioner:
             AnswerError: an answer has no caption.
             LLMStoppedError: no further request is possible.
         """
-        encoded: dict[tuple[object, ReadSpec], EncodedClip] = {}
-        for request in requests:
-            spec = self.read_spec(request)
-            if (key := (request.path, spec)) not in encoded:
-                encoded[key] = self._encode(spec.read(request.path))
+        keys = [(request.path, self.read_spec(request)) for request in requests]
+        last_uses = {key: number for number, key in enumerate(keys)}
+        encoded: dict[tuple[Path, ReadSpec], EncodedClip] = {}
+        futures: list[Future[list[Caption]]] = []
         with ThreadPoolExecutor(self.options.concurrency) as pool:
-            return list(
-                pool.map(
-                    lambda request: self._caption(request, encoded[request.path, self.read_spec(request)]), requests
-                )
-            )
+            for number, (request, key) in enumerate(zip(requests, keys, strict=True)):
+                if key not in encoded:
+                    encoded[key] = self._encode(key[1].read(request.path))
+                if number >= self.options.concurrency:  # few clips are held at a time
+                    futures[number - self.options.concurrency].result()
+                futures.append(pool.submit(self._caption, request, encoded[key]))
+                if last_uses[key] == number:
+                    del encoded[key]
+            return [future.result() for future in futures]
 
     def caption_batches(
         self,

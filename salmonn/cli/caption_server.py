@@ -1,5 +1,6 @@
 """Options of `salmonn caption` for captioning through a server in place of a local model."""
 
+import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -61,12 +62,15 @@ def load_server(values: Namespace) -> "ServerCaptioner":
     if dist.world_size() > 1:
         raise ValueError("--server needs one process, whose requests run concurrently: start it without torchrun")
     parts = (values.start, values.end, values.segments, values.frames)
-    return connect_captioner(
+    captioner = connect_captioner(
         server_options(values),
         modality=values.modality,
         cuts_files=any(part is not None for part in parts),
         reader=values.reader,
     )
+    if not values.quiet:
+        sys.stderr.write(f"clips are sent to {captioner.name} as {captioner.input}\n")
+    return captioner
 
 
 def _flag(name: str) -> str:
