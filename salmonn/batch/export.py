@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import groupby, islice
@@ -198,7 +198,8 @@ def _write_jsonl(captions: LatestCaptions, path: Path) -> None:
         file.writelines(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in captions)
 
 
-def _write_parquet(captions: LatestCaptions, path: Path) -> None:
+def write_parquet(captions: Iterable[Caption], path: Path) -> None:
+    """Write captions to a Parquet file; raises a ValueError if pyarrow is missing."""
     try:
         import pyarrow  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
@@ -226,7 +227,7 @@ def _write_parquet(captions: LatestCaptions, path: Path) -> None:
 
 TABLES: dict[str, Callable[[LatestCaptions, Path], None]] = {
     ".csv": _write_csv,
-    ".parquet": _write_parquet,
+    ".parquet": write_parquet,
     ".jsonl": _write_jsonl,
 }
 

@@ -72,7 +72,7 @@ class SpeechContext:
         transcript = self._files.get(video.path)
         if transcript is None:
             return None, f"{NO_TRANSCRIPT} of the video"
-        if (transcript.size_bytes, transcript.modified_ns) != (video.size_bytes, video.modified_ns):
+        if _version(transcript) != _version(video):
             return None, f"{NO_TRANSCRIPT} of the video as it is now: it has changed since it was transcribed"
         return transcript.speech, ""
 
@@ -221,3 +221,7 @@ def _merge(events: list[Event]) -> tuple[Event, ...]:
 def _seconds(time: str) -> float:
     *hours, minutes, seconds = time.replace(",", ".").split(":")
     return 3600 * float(hours[0] if hours else 0) + 60 * float(minutes) + float(seconds)
+
+
+def _version(one: VideoFile | Transcript) -> tuple[int | None, int | None, str | None]:
+    return one.size_bytes, one.modified_ns, one.etag

@@ -19,7 +19,7 @@ from salmonn.records import Modality, parse_json
 PRESETS = Path(__file__).parent.parent / "presets"
 YAML_SUFFIXES = (".yaml", ".yml")
 
-ExportFormat = Literal["csv", "parquet", "txt", "srt", "vtt"]
+ExportFormat = Literal["csv", "parquet", "datasets", "webdataset", "txt", "srt", "vtt"]
 Settings = TypeVar("Settings", bound="CaptionSettings")
 
 

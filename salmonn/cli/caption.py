@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, fetch_config, job_config
+from salmonn.cli.caption_outputs import write_folders
 from salmonn.cli.caption_server import load_server, server_settings
 from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
@@ -134,6 +135,7 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
         speed = _run(job, ledger, listing, values=values, config=config, limits=limits)
         job.finish()
         write_tables(values, files)
+        num_unwritten = write_folders(values, files)
         num_unfused = run_fusion(values, files) if values.fuse else 0
         if dataset:
             num_written = write_dataset(files, values.dataset_layout, dataset)
@@ -142,7 +144,7 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
     if not values.quiet:
         report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
         report_skipped(job.stats, listing, files, sys.stderr)
-    return job.stats.failed + job.stats.failed_before + num_unfused
+    return job.stats.failed + job.stats.failed_before + num_unwritten + num_unfused
 
 
 def _open_dataset(values: Namespace, files: "LedgerFiles") -> Path | None:

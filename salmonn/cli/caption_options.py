@@ -106,6 +106,7 @@ def _add_output_options(parser: FlagParser) -> None:
     outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl beside it; -: stdout"
     group.add_argument("--out", type=Path, required=True, help=outs)
     exports = "csv, parquet: a table beside --out, written at the end; "
+    exports += "datasets, webdataset: a folder of shards, of captions alone or with their videos, written at the end; "
     exports += "txt, srt, vtt: a file beside each video, written with its caption"
     group.add_argument("--export", nargs="+", type=ExportFormat, default=[], help=exports)
     add_subtitle_options(group)
@@ -147,7 +148,9 @@ def check_options(values: Namespace) -> None:
     resolve_shape(values)
     if str(values.out) == STDOUT:
         needs_file = {"--retry-failed": values.retry_failed, "--lines-per-file": values.lines_per_file}
-        needs_file |= {f"--export {name}": name in values.export for name in ("csv", "parquet")}
+        needs_file |= {
+            f"--export {name}": name in values.export for name in ("csv", "parquet", "datasets", "webdataset")
+        }
         if wrong := [flag for flag, is_set in needs_file.items() if is_set]:
             raise ValueError(f"{wrong[0]} needs a file; use --out captions.jsonl instead of --out -")
     elif values.out.suffix in TABLE_SUFFIXES:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
+from salmonn.cli.caption_outputs import report_unwritten
 from salmonn.cli.options import SOME_FAILED, add_subtitle_options, plural
 from salmonn.config import FlagParser
 
@@ -56,6 +57,7 @@ def run_export(values: Namespace) -> int:
     if values.rows:
         return _export_rows(values)
     from salmonn.batch.export import TABLES, LatestCaptions, export_subtitles, export_table
+    from salmonn.batch.folders import FOLDERS, export_folder
     from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles, in_order
     from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
 
@@ -63,19 +65,23 @@ def run_export(values: Namespace) -> int:
         return _export_dataset(values)
     formats = [name for name in SUBTITLE_FORMATS if name in values.to]
     tables = [Path(name) for name in values.to if name not in SUBTITLE_FORMATS]
-    if unknown := [str(path) for path in tables if path.suffix not in TABLES]:
+    if unknown := [str(path) for path in tables if path.suffix not in (*TABLES, *FOLDERS)]:
         raise ValueError(
-            f"--to {' '.join(unknown)}: unknown format; use file names that end in {', '.join(TABLES)}, or one of "
-            f"{', '.join(SUBTITLE_FORMATS)}"
+            f"--to {' '.join(unknown)}: unknown format; use file names that end in {', '.join(TABLES)}, folders that "
+            f"end in {', '.join(FOLDERS)}, or one of {', '.join(SUBTITLE_FORMATS)}"
         )
     paths = _require_captions(values.captions)
     _warn_about_others(paths)
     latest = LatestCaptions(in_order(paths))
+    num_unwritten = 0
     for path in tables:
-        export_table(latest, path)
+        if path.suffix in FOLDERS:
+            num_unwritten += report_unwritten(export_folder(latest, path))
+        else:
+            export_table(latest, path)
         sys.stderr.write(f"{plural(len(latest), 'caption')} written to {path}\n")
     if not formats:
-        return 0
+        return SOME_FAILED if num_unwritten else 0
     files = LedgerFiles.of(paths[0])
     with SubtitleWriter(
         formats,
@@ -89,7 +95,7 @@ def run_export(values: Namespace) -> int:
         sys.stderr.write(f"failed: {failure.reason}\n")
     names, videos, failed = ", ".join(formats), plural(num_videos, "video"), plural(len(failures), "file")
     sys.stderr.write(f"{names} files written for {videos}, {failed} failed\n")
-    return SOME_FAILED if failures else 0
+    return SOME_FAILED if failures or num_unwritten else 0
 
 
 def _export_dataset(values: Namespace) -> int:
