@@ -143,3 +143,25 @@ def test_a_list_for_a_trainer(call, tmp_path, monkeypatch):
         code, _, err = call("export", *args)
         assert code == 2 and message in err.splitlines()[-1], err
     assert not Path("all.json").exists() and not list(Path().glob(".*"))
+
+
+def test_a_list_for_a_trainer_replaces_only_what_export_wrote(call, tmp_path, monkeypatch):
+    """Neither the captions themselves, nor what lies beside them, nor what somebody else wrote or changed."""
+    monkeypatch.chdir(tmp_path)
+    append_records(Path("captions.jsonl"), [Caption("a.mp4", "A dog.")])
+    Path("captions.failed.jsonl").write_text('{"video": "c.mp4", "reason": "broken"}\n')
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    args = ("export", "captions.jsonl", "--preset", "ltx2", "--to")
+    for name in ("captions.jsonl", "captions.failed.jsonl", "captions.fused.jsonl", tmp_path / "captions.job.json"):
+        code, _, err = call(*args, name)
+        assert code == 2 and "is one of the captions files themselves, or of those beside them" in err
+    code, _, err = call(*args, "dataset.json", "--subtitle-dir", "subs")
+    assert code == 2 and "--subtitle-dir is for subtitles" in err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    assert call(*args, "dataset.json")[0] == call(*args, "dataset.json")[0] == 0
+    Path("dataset.json").write_text("mine")
+    code, _, err = call(*args, "dataset.json")
+    assert code == 2 and "dataset.json exists and was not written by this run, or has been changed since" in err
+    assert Path("dataset.json").read_text() == "mine"
+    assert call(*args, "dataset.json", "--replace-subtitles")[0] == 0
+    assert json.loads(Path("dataset.json").read_text()) == [{"caption": "A dog.", "video": "a.mp4"}]

@@ -6,24 +6,16 @@ file is overwritten only as long as it is exactly as this tool wrote it, as for 
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from salmonn.batch.containers import split_member
 from salmonn.batch.discovery import Shard
-from salmonn.batch.export import LatestCaptions, atomic_file
-from salmonn.batch.ledger_files import (
-    SUBTITLES_SUFFIX,
-    HashSet,
-    LedgerError,
-    LedgerFiles,
-    append_records,
-    read_complete,
-    repair_last_line,
-)
+from salmonn.batch.export import LatestCaptions, atomic_file, require_no_run_file
+from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerError, LedgerFiles
 from salmonn.batch.remote import is_url
-from salmonn.batch.subtitles import SubtitleFile
+from salmonn.batch.subtitles import WrittenFiles
 from salmonn.caption.fields import check_template, fill
 from salmonn.caption.presets import DatasetLayout
 from salmonn.records import Caption
@@ -58,72 +50,52 @@ def shard_path(path: Path, shard: Shard) -> Path:
     return path.with_name(f"{path.stem}-{shard.number}-of-{shard.count}{path.suffix}")
 
 
-def check_dataset(path: Path, files: LedgerFiles, *, replace: bool) -> None:
-    """Raise a ValueError if a dataset file exists that this tool did not write, or that has been changed since.
+class DatasetWriter:
+    """Writes the dataset file of a run.
 
     Args:
-        path: dataset file.
-        files: files of the run, which log what it wrote.
-        replace: whether it may be overwritten anyway.
-    """
-    if replace or not path.exists():
-        return
-    logs = files.find(SUBTITLES_SUFFIX)
-    ours = HashSet(b"".join(one.key for log in logs for one in read_complete(log, SubtitleFile)))
-    if _written(path, path).key not in ours:
-        raise ValueError(
-            f"{path} exists and was not written by this run, or has been changed since; use --replace-subtitles to "
-            "overwrite it or --dataset to choose another file"
-        )
-
-
-def write_dataset(files: LedgerFiles, layout: DatasetLayout, path: Path) -> int:
-    """Write the dataset file of a run, which appears when it is complete; return the number of clips in it.
-
-    Args:
-        files: files of the run.
-        layout: columns.
         path: dataset file; the suffix selects the format.
+        layout: columns.
+        files: files of the run, which log what it wrote.
+        replace: overwrite a file that the run did not write, too.
 
     Raises:
-        ValueError: a video lies outside the folder of the file, where trainers do not find it.
+        ValueError: there is such a file, or `path` is that of a file of the run itself.
     """
-    latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
-    repair_last_line(files.subtitles)
 
-    def log(temporary: Path) -> None:  # before it gets its name, so that every file under that name is known
-        append_records(files.subtitles, [_written(path, temporary)])
+    def __init__(self, path: Path, layout: DatasetLayout, *, files: LedgerFiles, replace: bool = False) -> None:
+        self.path = path
+        self._layout = layout
+        self._files = files
+        self._written = WrittenFiles(files.subtitles, logs=files.find(SUBTITLES_SUFFIX), replace=replace)
+        self._require_own()
 
-    return export_dataset(latest, layout, path, on_written=log)
+    def write(self, captions: LatestCaptions | None = None) -> int:
+        """Write the file, which appears when it is complete; return the number of clips in it.
 
+        Args:
+            captions: captions to write; None: those of the run.
 
-def export_dataset(
-    captions: LatestCaptions,
-    layout: DatasetLayout,
-    path: Path,
-    *,
-    on_written: Callable[[Path], object] = lambda temporary: None,
-) -> int:
-    """Write captions as a dataset file; see `write_dataset`.
+        Raises:
+            ValueError: a video lies outside the folder of the file, where trainers do not find it, or the file was
+                changed in the meantime.
+        """
+        if captions is None:
+            files = self._files
+            captions = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = _rows(captions, self._layout, self.path.parent)
+        with atomic_file(self.path) as temporary:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                _write_rows(file, rows, self._layout, self.path.suffix)
+            self._require_own()  # once more: captioning may have taken days
+            self._written.add(self.path.absolute(), _NO_VIDEO, temporary)
+        return len(captions)
 
-    Args:
-        captions: captions to write.
-        layout, path: see `write_dataset`.
-        on_written: called with the complete file before it gets its name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = _rows(captions, layout, path.parent)
-    with atomic_file(path) as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            _write_rows(file, rows, layout, path.suffix)
-        on_written(temporary)
-    return len(captions)
-
-
-def _written(path: Path, place: Path) -> SubtitleFile:
-    """Return the record of a dataset file by its path, and by where it lies now."""
-    found = place.stat()
-    return SubtitleFile(str(path.absolute()), _NO_VIDEO, found.st_size, found.st_mtime_ns)
+    def _require_own(self) -> None:
+        require_no_run_file(self.path, [self._files])
+        remedy = "choose another file (finished captions are saved)"
+        self._written.require_own(self.path.absolute(), _NO_VIDEO, remedy=remedy)
 
 
 def _rows(captions: LatestCaptions, layout: DatasetLayout, folder: Path) -> Iterator[dict[str, str]]:

@@ -25,6 +25,7 @@ from salmonn.batch.ledger_files import (
     VERSION_FIELDS,
     GroupReader,
     LedgerError,
+    LedgerFiles,
     cannot_write,
     hash_key,
     is_full,
@@ -148,15 +149,20 @@ def export_table(captions: LatestCaptions, out: Path) -> None:
         out: output file; its suffix selects the format: .csv, .parquet or .jsonl.
 
     Raises:
-        ValueError: the suffix is none of these, or `out` is one of the files that are read.
+        ValueError: the suffix is none of these, or `out` is a file of the run that made the captions.
     """
     if out.suffix not in TABLES:
         raise ValueError(f"{out}: unknown format; choose a name that ends in {', '.join(TABLES)}")
-    if out.resolve() in {path.resolve() for path in captions.paths}:
-        raise ValueError(f"{out} is one of the captions files themselves; choose another name")
+    require_no_run_file(out, {LedgerFiles.of(path) for path in captions.paths})
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as temporary:
         TABLES[out.suffix](captions, temporary)
+
+
+def require_no_run_file(out: Path, runs: Iterable[LedgerFiles]) -> None:
+    """Raise a ValueError if a file to be written is one of the captions files of a run, or lies beside one."""
+    if any(files.owns(out) for files in runs):
+        raise ValueError(f"{out} is one of the captions files themselves, or of those beside them; choose another name")
 
 
 def export_subtitles(captions: LatestCaptions, subtitles: SubtitleWriter) -> tuple[int, list[Failure]]:

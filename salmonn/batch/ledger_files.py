@@ -28,6 +28,7 @@ SUBTITLES_SUFFIX = ".subtitles.jsonl"
 SHOTS_SUFFIX = ".shots.jsonl"
 FUSED_SUFFIX = ".fused.jsonl"
 JOB_SUFFIX = ".job.json"
+SIDE_SUFFIXES = (FAILED_SUFFIX, SUBTITLES_SUFFIX, SHOTS_SUFFIX, FUSED_SUFFIX, JOB_SUFFIX)
 KEY_BYTES = 16
 VERSION_FIELDS = ("size_bytes", "modified_ns", "etag")  # of captions and failures: the state of the file
 MAX_FULL_FILES = 99_999
@@ -136,6 +137,14 @@ class LedgerFiles:
                 if not any(stem + JOB_SUFFIX in names for stem in stems):
                     found.append(self.out.with_name(name))
         return found
+
+    def owns(self, path: Path) -> bool:
+        """Return whether a path is that of an existing captions file of this run, or of a file beside one."""
+        if path.absolute().parent.resolve() == self.out.absolute().parent.resolve():
+            suffixes = "|".join(map(re.escape, SIDE_SUFFIXES))
+            if re.fullmatch(rf"{re.escape(self.out.stem)}(-\d+-of-\d+)?({suffixes})", path.name):
+                return True
+        return path.resolve() in {one.resolve() for one in self.all_captions()}
 
     def other_locks(self) -> list[Path]:
         """List the lock files of runs with another number of shards."""

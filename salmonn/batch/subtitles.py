@@ -64,15 +64,54 @@ class SubtitleFile:
         return hash_key(self.path, self.video, self.size_bytes, self.modified_ns)
 
 
+class WrittenFiles:
+    """The files that runs wrote for users; they are overwritten only as long as they are as they were written.
+
+    Args:
+        log: file that remembers what this process writes.
+        logs: such files of earlier runs.
+        replace: overwrite existing files that these runs did not write, too.
+    """
+
+    def __init__(self, log: Path, *, logs: Sequence[Path] = (), replace: bool = False) -> None:
+        self._log = log
+        self._replace = replace
+        repair_last_line(log)
+        self._keys = HashSet(b"".join(one.key for path in logs for one in read_complete(path, SubtitleFile)))
+
+    def require_own(self, path: Path, video: str, *, content: bytes | None = None, remedy: str) -> None:
+        """Raise a ClipError if there is a file that no run wrote, or that has been changed since.
+
+        Args:
+            path: file to be overwritten.
+            video: its video; "" for a file about many.
+            content: what is to be written; a file with the same content is accepted.
+            remedy: how to choose another path.
+        """
+        if self._replace or not path.exists() or (content is not None and path.read_bytes() == content):
+            return
+        found = path.stat()
+        if SubtitleFile(str(path), video, found.st_size, found.st_mtime_ns).key not in self._keys:
+            raise ClipError(
+                f"{path} exists and was not written by this run, or has been changed since; use --replace-subtitles to "
+                f"overwrite it or {remedy}"
+            )
+
+    def add(self, path: Path, video: str, temporary: Path) -> None:
+        """Log a complete file before it is renamed to `path`, so that every file under that name is known."""
+        written = temporary.stat()
+        one = SubtitleFile(str(path), video, written.st_size, written.st_mtime_ns)
+        append_records(self._log, [one])
+        self._keys.add(one.key)
+
+
 class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
     """Writes subtitle files; use it in a `with` statement if captions may lack their end time.
 
     Args:
         formats: formats to write.
-        log: file that remembers what this process writes.
-        logs: such files of earlier runs.
+        log, logs, replace: see `WrittenFiles`.
         folder: folder that the files go to, under the paths of the videos; None: beside the videos.
-        replace: overwrite existing files that this tool did not write, too.
         limits: limits for reading a video's duration, which is needed if a caption has no end time.
     """
 
@@ -89,11 +128,8 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
         self._formats = formats
         self._limits = limits or WorkerLimits()
         self._worker: Worker | None = None
-        self._log = log
         self._folder = folder
-        self._replace = replace
-        repair_last_line(log)
-        self._ours = HashSet(b"".join(one.key for path in logs for one in read_complete(path, SubtitleFile)))
+        self._written = WrittenFiles(log, logs=logs, replace=replace)
 
     def __exit__(self, *_: object) -> None:
         if self._worker:
@@ -162,24 +198,15 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
         """Write one file; raises OSError, and ClipError if there is a file that is not ours, or the video is remote."""
         if self._folder is None and (is_url(caption.video) or split_member(caption.video)):
             raise ClipError(f"{caption.video}: subtitles are not written beside this video; choose a --subtitle-dir")
-        if path.exists() and not self._replace and path.read_bytes() != text.encode():
-            found = path.stat()
-            if SubtitleFile(str(path), caption.video, found.st_size, found.st_mtime_ns).key not in self._ours:
-                raise ClipError(
-                    f"{path} exists and was not written, or has been changed since; use --replace-subtitles to "
-                    "overwrite it or --subtitle-dir to choose another folder"
-                )
+        remedy = "--subtitle-dir to choose another folder"
+        self._written.require_own(path, caption.video, content=text.encode(), remedy=remedy)
         if self._folder is not None:  # a video's own folder exists, or is gone with the video
             path.parent.mkdir(parents=True, exist_ok=True)
         # Short, since the file's own name may have the maximum length; the same in the next run if this one is killed.
         temporary = path.with_name(f".{hash_key(path.name).hex()}.tmp")
         try:
             temporary.write_bytes(text.encode())
-            written = temporary.stat()
-            # Logged before it is renamed, so that every file under that name is known.
-            subtitle = SubtitleFile(str(path), caption.video, written.st_size, written.st_mtime_ns)
-            append_records(self._log, [subtitle])
-            self._ours.add(subtitle.key)
+            self._written.add(path, caption.video, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

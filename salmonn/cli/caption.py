@@ -27,6 +27,7 @@ from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner,
 from salmonn.records import Caption
 
 if TYPE_CHECKING:
+    from salmonn.batch.dataset import DatasetWriter
     from salmonn.batch.discovery import VideoListing
     from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import CaptionJob, JobConfig, RunStats, VideoResult
@@ -109,7 +110,6 @@ def _print_captions(captions: Sequence[Caption]) -> None:
 
 def _caption(values: Namespace, *, to_stdout: bool) -> int:
     """Run this process's share; return the number of videos without a caption, or with a failed part."""
-    from salmonn.batch.dataset import write_dataset
     from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.caption.worker import WorkerLimits
@@ -138,24 +138,23 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
         num_unwritten = write_folders(values, files)
         num_unfused = run_fusion(values, files) if values.fuse else 0
         if dataset:
-            num_written = write_dataset(files, values.dataset_layout, dataset)
+            num_written = dataset.write()
             if not values.quiet:
-                sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset}\n")
+                sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset.path}\n")
     if not values.quiet:
         report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
         report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before + num_unwritten + num_unfused
 
 
-def _open_dataset(values: Namespace, files: "LedgerFiles") -> Path | None:
-    """Return the path of the dataset file, if one is to be written; raises a ValueError if it may not be."""
-    from salmonn.batch.dataset import check_dataset, shard_path
+def _open_dataset(values: Namespace, files: "LedgerFiles") -> "DatasetWriter | None":
+    """Return what writes the dataset file, if there is to be one; raises a ValueError if it may not be written."""
+    from salmonn.batch.dataset import DatasetWriter, shard_path
 
     if values.dataset_layout is None:
         return None
     path = shard_path(Path(values.dataset_layout.file), files.shard)
-    check_dataset(path, files, replace=values.replace_subtitles)
-    return path
+    return DatasetWriter(path, values.dataset_layout, files=files, replace=values.replace_subtitles)
 
 
 def subtitle_writer(values: Namespace, files: "LedgerFiles", limits: "WorkerLimits") -> "SubtitleWriter | None":

@@ -100,9 +100,9 @@ def run_export(values: Namespace) -> int:
 
 def _export_dataset(values: Namespace) -> int:
     """List videos and captions as a trainer of video generators reads them."""
-    from salmonn.batch.dataset import DATASET_SUFFIXES, export_dataset
-    from salmonn.batch.export import LatestCaptions
-    from salmonn.batch.ledger_files import in_order
+    from salmonn.batch.dataset import DATASET_SUFFIXES, DatasetWriter
+    from salmonn.batch.export import LatestCaptions, require_no_run_file
+    from salmonn.batch.ledger_files import LedgerFiles, in_order
     from salmonn.caption.presets import load_preset
 
     layout = load_preset(values.preset).dataset
@@ -110,9 +110,14 @@ def _export_dataset(values: Namespace) -> int:
         raise ValueError(f"--preset {values.preset} has no file that lists videos; its files are --to txt or the like")
     if len(values.to) > 1 or Path(values.to[0]).suffix not in DATASET_SUFFIXES:
         raise ValueError(f"with --preset, --to names one file that ends in {', '.join(DATASET_SUFFIXES)}")
+    if values.subtitle_dir is not None:
+        raise ValueError("--subtitle-dir is for subtitles; with --preset, --to names the folder and the file")
     paths = _require_captions(values.captions)
     _warn_about_others(paths)
-    number = export_dataset(LatestCaptions(in_order(paths)), layout, Path(values.to[0]))
+    require_no_run_file(Path(values.to[0]), {LedgerFiles.of(path) for path in paths})
+    files = LedgerFiles.of(paths[0])
+    dataset = DatasetWriter(Path(values.to[0]), layout, files=files, replace=values.replace_subtitles)
+    number = dataset.write(LatestCaptions(in_order(paths)))
     sys.stderr.write(f"{plural(number, 'clip')} listed in {values.to[0]}\n")
     return 0
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from salmonn.batch.dataset import DatasetWriter
 from salmonn.batch.export import LatestCaptions, export_subtitles, export_table
-from salmonn.batch.ledger_files import LedgerError, append_records
+from salmonn.batch.ledger_files import LedgerError, LedgerFiles, append_records
 from salmonn.batch.subtitles import SubtitleWriter
+from salmonn.caption.presets import DatasetLayout
 from salmonn.records import Caption, Shaping, read_records
 from tests.launch import forked
 
@@ -190,3 +192,16 @@ def test_samples_of_one_video_all_count(tmp_path):
     path = tmp_path / "captions.jsonl"
     append_records(path, [replace(caption("a.mp4", f"sample {number}"), sample=number) for number in range(3)])
     assert len(LatestCaptions([path])) == 3
+
+
+def test_a_dataset_that_is_edited_during_a_run_is_kept(tmp_path):
+    files, path = LedgerFiles(tmp_path / "captions.jsonl"), tmp_path / "dataset.json"
+    append_records(files.captions, [caption(str(tmp_path / "a.mp4"), "A dog.")])
+    layout = DatasetLayout("dataset.json", {"video": "{path}"})
+    assert DatasetWriter(path, layout, files=files).write() == 1
+    writer = DatasetWriter(path, layout, files=files)  # as a run that starts now
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"dataset.json exists and was not .*changed since.*captions are saved"):
+        writer.write()
+    assert path.read_text() == "mine" and not list(tmp_path.glob(".*"))
+    assert DatasetWriter(path, layout, files=files, replace=True).write() == 1
