@@ -307,6 +307,13 @@ def to_examples(data: ClipSet | ConversationSet, captioner: Captioner, config: S
         if num_preferences := len(data.conversations) - len(with_turns):
             log.info("skipped %d preferences among the conversations; recipes/dpo.py uses them", num_preferences)
         return conversation_examples(with_turns, root=data.root)
+    audible = [task for task in config.tasks if task.split("_")[0] not in ("visual", "audio")]
+    if audible and not captioner.processor.family.hears:
+        log.warning(
+            "the model hears nothing, but the tasks %s are about sounds too; visual_caption and others are about what "
+            "can be seen",
+            ", ".join(audible),
+        )
     return make_examples(
         data,
         config.tasks,

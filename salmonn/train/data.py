@@ -223,19 +223,21 @@ def make_examples(
     Args:
         clips: annotated clips; one that lacks what a task needs gives no example of it.
         tasks: what is learned.
-        prompts: modality -> prompt for a caption.
+        prompts: modality -> prompt for a caption; without one for audio if the model does not hear.
         single_modality_every: learn every n-th clip also from its frames alone and its audio alone.
 
     Raises:
-        ValueError: `single_modality_every` is less than 1.
+        ValueError: `single_modality_every` is less than 1, or a task is about audio that the model does not hear.
     """
     if single_modality_every < 1:
         raise ValueError(f"single_modality_every must be at least 1, got {single_modality_every}")
+    if "audio" not in prompts and (about_audio := [task for task in tasks if task.startswith("audio_")]):
+        raise ValueError(f"tasks {', '.join(about_audio)} are about sound, but this model hears nothing; remove them")
     examples = []
     for index, reference in enumerate(clips.references):
         both_only = index % single_modality_every
         modalities: tuple[Modality, ...] = ("both",) if both_only else ("both", "visual", "audio")
-        for modality in modalities:
+        for modality in (one for one in modalities if one in prompts):
             if turns := _turns(reference, tasks, modality=modality, caption_prompt=prompts[modality]):
                 examples.append(TrainingExample(replace(clips.source(reference), modality=modality), turns))
     return examples

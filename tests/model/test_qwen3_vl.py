@@ -26,7 +26,15 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.towers import normalize
 from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison
-from salmonn.train.data import ClipCache, ClipSource, SftBatches, TrainingExample, all_texts, sft_loss
+from salmonn.train.data import (
+    ClipCache,
+    ClipSource,
+    SftBatches,
+    TrainingExample,
+    all_texts,
+    make_examples,
+    sft_loss,
+)
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, fit
@@ -182,6 +190,15 @@ def test_the_model_hears_nothing(captioner, videos):
         captioner.caption(videos[0], modality="audio")
     with pytest.raises(ClipError, match="needs video and audio, but a qwen3-vl model hears nothing"):
         ClipCache(captioner.processor)(ClipSource(videos[0], needs_both=True))
+
+
+def test_examples_are_about_what_the_model_perceives(captioner, clips):
+    prompts = captioner.processor.config.prompts
+    examples = make_examples(clips, ["visual_caption", "visual_events"], prompts=prompts)
+    assert [(one.clip.modality, len(one.turns)) for one in examples] == [("visual", 2)] * 5
+    assert examples[0].turns[0] == Turn(captioner.default_prompt("visual"), clips.references[0].visual_caption)
+    with pytest.raises(ValueError, match="tasks audio_caption are about sound, but this model hears nothing"):
+        make_examples(clips, ["visual_caption", "audio_caption"], prompts=prompts)
 
 
 def test_a_saved_model_is_the_same(captioner, videos, tmp_path):
