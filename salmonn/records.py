@@ -136,6 +136,51 @@ class Shaping:
 
 
 @dataclass(frozen=True)
+class SpokenLine:
+    """Words that somebody says.
+
+    Args:
+        speaker: who speaks, as far as it can be seen or heard, such as "a woman in a red coat"; or "unknown".
+        words: what is said.
+        start_seconds, end_seconds: time from the start of the video.
+    """
+
+    speaker: str
+    words: str
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True)
+class EventCaption:
+    """A caption in the form of events; `salmonn.score.structured` has its JSON schema and its text.
+
+    Args:
+        scene: where it takes place and who or what is there, in a sentence or two.
+        events: what happens, by time: what is seen (visual), and sounds other than speech (audio).
+        speech: what is said, by time.
+        on_screen_text: text that can be read on the screen.
+        camera: shot size, angle and movement of the camera.
+        sound: the sound as a whole: music, ambience, noise.
+    """
+
+    scene: str
+    events: tuple[Event, ...] = ()
+    speech: tuple[SpokenLine, ...] = ()
+    on_screen_text: tuple[str, ...] = ()
+    camera: str = ""
+    sound: str = ""
+
+    def all_events(self) -> tuple[Event, ...]:
+        """Return events and speech as events, in order of time, for judges and subtitles."""
+        spoken = (
+            Event(f'{line.speaker} says: "{line.words}"', "speech", line.start_seconds, line.end_seconds)
+            for line in self.speech
+        )
+        return tuple(sorted([*self.events, *spoken], key=lambda event: event.start_seconds or 0.0))
+
+
+@dataclass(frozen=True)
 class Fusion:
     """How one caption was made from those of the segments of a video.
 
@@ -190,6 +235,7 @@ class Caption:
         captions: where the video was captioned with several named prompts, the text for each; `text` is the first.
         shaping: how a requested length or requested words were met, by name of the prompt ("caption" if there is one).
         fusion: how it was made from the captions of segments; None for an answer of a model about the video.
+        structure: the caption in the form of events, if it was requested so; `text` is made from it.
     """
 
     video: str
@@ -213,6 +259,7 @@ class Caption:
     captions: dict[str, str] = field(default_factory=dict, hash=False)
     shaping: dict[str, Shaping] = field(default_factory=dict, hash=False)
     fusion: Fusion | None = None
+    structure: EventCaption | None = None
     etag: str | None = None
 
 

@@ -33,7 +33,7 @@ from salmonn.batch.ledger_files import (
 )
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.batch.transcripts import Transcript
-from salmonn.records import Caption, Failure, Fusion, Modality, Shaping, parse_record, temporary_path
+from salmonn.records import Caption, EventCaption, Failure, Fusion, Modality, Shaping, parse_record, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def _to_row(caption: Caption) -> dict[str, Any]:
     row = asdict(caption)
     return row | {
         name: json.dumps(row[name], ensure_ascii=False) if row[name] else ""
-        for name in ("captions", "shaping", "fusion")
+        for name in ("captions", "shaping", "fusion", "structure")
     }
 
 
@@ -223,6 +223,7 @@ def write_parquet(captions: Iterable[Caption], path: Path) -> None:
         dict[str, str]: pyarrow.string(),
         dict[str, Shaping]: pyarrow.string(),
         Fusion | None: pyarrow.string(),
+        EventCaption | None: pyarrow.string(),
     }
     schema = pyarrow.schema([(field.name, types[field.type]) for field in fields(Caption)])
     rows = map(_to_row, captions)

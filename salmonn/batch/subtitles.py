@@ -250,6 +250,7 @@ def format_text(captions: Sequence[Caption], name: SubtitleFormat, *, seconds_of
         times = [f"[{_clock(caption.start_seconds or 0.0, '.')}] " for caption in captions]
         lines = (" ".join(_lines(caption.text)) for caption in captions)
         return "".join(f"{time}{line}\n" for time, line in zip(times, lines, strict=True))
+    captions = [cue for caption in captions for cue in _event_cues(caption)]
     blocks = ["WEBVTT"] if name == "vtt" else []
     for number, (start, end, text) in enumerate(_cues(captions, seconds_of), start=1):
         if name == "srt":  # SRT has no escape sequences, and an arrow would start a cue
@@ -259,6 +260,16 @@ def format_text(captions: Sequence[Caption], name: SubtitleFormat, *, seconds_of
             safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{safe}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _event_cues(caption: Caption) -> list[Caption]:
+    """Return a caption for each event and spoken line of a caption in the form of events; another one as it is."""
+    if caption.structure is None or not (events := caption.structure.all_events()):
+        return [caption]
+    return [
+        replace(caption, text=event.text, start_seconds=event.start_seconds, end_seconds=event.end_seconds)
+        for event in events
+    ]
 
 
 def _cues(captions: Sequence[Caption], seconds_of: Callable[[str], float]) -> Iterator[tuple[float, float, str]]:

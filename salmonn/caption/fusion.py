@@ -169,6 +169,7 @@ def fuse(
         num_tokens=None,
         captions={},
         shaping={},
+        structure=None,
         fusion=_report(captions, parts, name, check),
     )
 

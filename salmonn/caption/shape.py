@@ -65,6 +65,10 @@ class ShapedText:
 Dialogue = Generator[Question, Caption, ShapedText]
 
 
+class DialogueError(ValueError):
+    """A dialogue ended without a text that can be used; the message has the reason."""
+
+
 @dataclass(frozen=True)
 class CaptionShape:
     """What one caption of a clip is asked for, checked for and made into.
@@ -392,6 +396,8 @@ def run_dialogues(
                 questions[key] = dialogues[key].send(reply)
             except StopIteration as end:
                 texts[key] = end.value
+            except DialogueError as error:
+                failures.setdefault(key[0], str(error))
         questions = {key: question for key, question in questions.items() if key[0] not in failures}
     return texts
 

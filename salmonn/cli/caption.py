@@ -94,6 +94,7 @@ def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = F
     return Ledger(
         files,
         job={name: values[name] for name in JOB_SETTINGS}
+        | ({"caption_format": values.format} if values.format == "events" else {})  # "format" is that of the ledger
         | (server_settings(values) if values.server else fingerprint_model(values))
         | fingerprint_transcripts(values),
         start_seconds=values.start,

@@ -2,6 +2,7 @@
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -79,6 +80,8 @@ def _add_generation_options(parser: FlagParser) -> None:
     group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")
     group.add_argument("--end", type=float | None, default=None, help="end of the part to caption, in seconds")
     _add_segment_options(group)
+    forms = "events: scene, events with times, speech with speakers, text, camera and sound, as JSON (default: text)"
+    group.add_argument("--format", type=Literal["text", "events"] | None, default=None, help=forms)
     group.add_argument(
         "--max_new_tokens", type=int | None, default=None, help="token limit of a caption (default: the model's own)"
     )
@@ -146,6 +149,7 @@ def check_options(values: Namespace) -> None:
     from salmonn.batch.discovery import Shard, VideoListing
 
     resolve_shape(values)
+    _resolve_events(values)
     if str(values.out) == STDOUT:
         needs_file = {"--retry-failed": values.retry_failed, "--lines-per-file": values.lines_per_file}
         needs_file |= {
@@ -223,6 +227,19 @@ def job_config(values: Namespace) -> "JobConfig":
         shape=values.shape,
         context=speech_context(values),
     )
+
+
+def _resolve_events(values: Namespace) -> None:
+    """Let captions have the form of events; raises a ValueError where that is not possible."""
+    from salmonn.caption.event_shape import events_shape
+
+    if values.format != "events":
+        return
+    if values.shape is not None:
+        raise ValueError("--format events has a form of its own; use it without flags for words, templates or prompts")
+    if values.server is None and find_spec("llguidance") is None:
+        raise ValueError("--format events needs llguidance: pip install 'salmonn[json]'")
+    values.shape = events_shape()
 
 
 def _segment_rule(values: Namespace) -> SegmentRule | None:

@@ -17,6 +17,7 @@ from salmonn.caption.processor import MAX_CONVERSATION_CHARS, MAX_PROMPT_CHARS
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.model.layout import ClipInfo
 from salmonn.records import Modality
+from salmonn.score.structured import SCHEMA_NAME, schema_text
 from salmonn.serve.content import MAX_PARTS, ClipPart, check_processor_fields, parse_content, to_frame_options
 from salmonn.serve.errors import RequestError
 from salmonn.serve.logprobs import LogprobsFormat
@@ -336,6 +337,8 @@ def _to_json_schema(value: Any) -> str | None:
         raise RequestError(f"{where}.type must be text, json_object or json_schema", param=f"{where}.type")
     inner = value.get("json_schema")
     schema = inner.get("schema") if isinstance(inner, dict) else None
+    if isinstance(inner, dict) and "schema" not in inner and inner.get("name") == SCHEMA_NAME:
+        return schema_text()
     if not isinstance(schema, dict):
         raise RequestError(f"{JSON_SCHEMA_PARAM} must be an object", param=JSON_SCHEMA_PARAM)
     text = json.dumps(schema)  # in the order of the request, which is the order of properties in the answer

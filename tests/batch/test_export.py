@@ -79,7 +79,7 @@ def test_tables(ledger, tmp_path):
         export_table(latest, tmp_path / name)
     rows = pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pylist()
     in_table = [
-        row | {"captions": "", "shaping": "", "fusion": ""} for row in expected
+        row | {"captions": "", "shaping": "", "fusion": "", "structure": ""} for row in expected
     ]  # JSON, where there is something
     in_table[0]["captions"] = json.dumps({"short": ODD, "long": "Ä."}, ensure_ascii=False)
     in_table[0]["shaping"] = (

@@ -9,6 +9,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipInfo
+from salmonn.score.structured import schema_text
 from salmonn.serve.content import ClipPart
 from salmonn.serve.errors import RequestError
 from salmonn.serve.logprobs import LogprobsFormat
@@ -153,6 +154,7 @@ def test_response_formats():
     given = {"type": "object", "properties": {"b": {}, "a": {}}}
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": given, "strict": True}}
     assert schema(named) == json.dumps(given)  # properties stay in order
+    assert schema({"type": "json_schema", "json_schema": {"name": "events"}}) == schema_text()
 
 
 def test_a_clip_in_a_later_message():
