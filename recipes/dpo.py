@@ -39,6 +39,7 @@ from salmonn.train.reference_logps import make_preference_batches
 from salmonn.train.rounds import IMPORTANCE_NAME, keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 from salmonn.train.run_steps import MERGED_FILES, Step, fingerprint, flat_settings
+from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("dpo")
 ClipComparison = tuple[Comparison, ClipSource]
@@ -249,4 +250,4 @@ def plan_steps(config: OfflineDpoConfig, comparisons: Sequence[ClipComparison], 
 
 
 if __name__ == "__main__":
-    run_recipe(main, OfflineDpoConfig, description=__doc__, on_error=dist.abort)
+    run_recipe(main, OfflineDpoConfig, description=__doc__, on_error=dist.abort, on_end=stop_tracker)

@@ -86,6 +86,7 @@ from salmonn.train.run_log import (
     RunSummary,
 )
 from salmonn.train.stages import ModelPath, Run, Stage, measure, report
+from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("mrdpo")
 # Drafts of a clip whose influences differ by a standard deviation. Influence grows with length, so lengths are alike.
@@ -447,4 +448,4 @@ def round_of(model: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_recipe(main, MrDpoConfig, description=__doc__, on_error=dist.abort)
+    run_recipe(main, MrDpoConfig, description=__doc__, on_error=dist.abort, on_end=stop_tracker)

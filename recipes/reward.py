@@ -45,6 +45,7 @@ from salmonn.train.reward import BLIND_DIR, RewardTrainer, RewardTrainingConfig
 from salmonn.train.reward_states import STATES_NAME
 from salmonn.train.run_folder import RunConfig, is_missing, open_run
 from salmonn.train.run_steps import TRAINING_FILES, Step, fingerprint, flat_settings
+from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("reward")
 ANSWERS_IN_PLAN = 8  # captions of a clip that pass through the model together
@@ -220,4 +221,4 @@ def print_memory_plan(config: RewardRecipeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, RewardRecipeConfig, description=__doc__, on_error=dist.abort)
+    run_recipe(main, RewardRecipeConfig, description=__doc__, on_error=dist.abort, on_end=stop_tracker)

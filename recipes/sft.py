@@ -68,6 +68,7 @@ from salmonn.train.loop import FitConfig, FitContext, check_processes, fit
 from salmonn.train.run_folder import RunConfig, is_missing, open_run, save_model
 from salmonn.train.run_log import SUMMARY_NAME
 from salmonn.train.run_steps import TRAINING_FILES, Step, choose_settings, fingerprint, flat_settings
+from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("sft")
 TINY = "tiny"
@@ -442,4 +443,4 @@ def measure(captioner: Captioner, heldout: ClipSet, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, SftConfig, description=__doc__, on_error=dist.abort)
+    run_recipe(main, SftConfig, description=__doc__, on_error=dist.abort, on_end=stop_tracker)

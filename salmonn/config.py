@@ -114,6 +114,7 @@ def run_recipe(
     description: str,
     args: Sequence[str] | None = None,
     on_error: Callable[[str], object] | None = None,
+    on_end: Callable[[], object] | None = None,
 ) -> None:
     """Read a recipe's config from the command line and run the recipe.
 
@@ -126,6 +127,7 @@ def run_recipe(
         description: text at the top of `--help`.
         args: the command line (default: that of this process).
         on_error: called with the message after it was printed, such as `dist.abort`, which ends the other processes.
+        on_end: called when the recipe has ended without an error.
     """
     config = parse_config(config_type, description=description, args=args)
     try:
@@ -135,6 +137,8 @@ def run_recipe(
         if on_error:
             on_error(str(error))
         sys.exit(2)
+    if on_end:
+        on_end()
 
 
 def parse_config(config_type: type[Config], *, description: str, args: Sequence[str] | None = None) -> Config:

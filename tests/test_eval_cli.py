@@ -104,13 +104,16 @@ def test_wrong_usage(call, dream, tmp_path):
     unfilled.write_text(json.dumps(annotation("<placeholder>", "x", [], "c")) + "\n")
     (tmp_path / "none.jsonl").write_text('{"a": 1}\n')
     write_records(tmp_path / "others.jsonl", [Caption("z.mp4", "x")])
+    write_records(tmp_path / "twice.jsonl", [Caption("a.mp4", "x"), Caption("a.mp4", "y", sample=1)])
     server = ("--base-url", "http://localhost:1/v1", "--model", "m")
     for args, message in {
         ("dream1k", unfilled, "--captions", captions, *server): "fill in the files",
-        ("dream1k", tmp_path / "none.jsonl", "--captions", captions, *server): "is no annotation of DREAM-1K",
+        ("dream1k", tmp_path / "none.jsonl", "--captions", captions, *server): "is not an annotation of DREAM-1K",
         ("dream1k", dream, "--captions", tmp_path / "others.jsonl", *server): "has no caption of a video of",
         ("dream1k", dream, "--captions", captions, "--judge", "rule"): "is judged by a language model",
         ("omni", dream): "omni",
+        ("dream1k", dream, "--out", tmp_path / "out.json"): "--out needs --captions",
+        ("dream1k", dream, "--captions", tmp_path / "twice.jsonl", *server): "2 captions of 1 video",
     }.items():
         code, _, err = call("eval", *args)
         assert code == 2 and message in err

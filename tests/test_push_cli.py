@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, Qwen3VLForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from salmonn.caption.prompt import train_tokenizer
 from salmonn.model.loading import load_network, save_network
 from salmonn.model.lora import LoraConfig, attach_lora, load_adapter, save_adapter
 from salmonn.model.network import Network
 from salmonn.model.publish import write_adapter, write_published_layout
 from salmonn.score.metrics import Rates
+from salmonn.train.data import all_texts
 from salmonn.train.run_log import RunSummary
+from tests.qwen3_vl import save_tiny
 from tests.test_parity import FOLDERS
 
 
@@ -41,7 +45,8 @@ def card_of(folder: Path) -> tuple[dict, str]:
 
 
 def test_own_layout(call, run, tmp_path):
-    code, _, err = call("push", run / "round_1" / "merged", "me/captioner", "--out", tmp_path / "repo")
+    flags = ("--license", "apache-2.0", "--out", tmp_path / "repo")
+    code, _, err = call("push", run / "round_1" / "merged", "me/captioner", *flags)
     assert code == 0 and "hf upload me/captioner" in err
     metadata, text = card_of(tmp_path / "repo")
     assert metadata["pipeline_tag"] == "video-text-to-text" and metadata["license"] == "apache-2.0"
@@ -57,9 +62,16 @@ def test_own_layout(call, run, tmp_path):
     assert get_class_from_dynamic_module("modeling_salmonn.Network", str(tmp_path / "repo")) is Network
 
 
-@pytest.mark.skipif(not FOLDERS, reason="no parity fixtures: set PARITY_DIR")
-@pytest.mark.parametrize("base", [path.parent for path in FOLDERS], ids=lambda path: path.name)
-def test_published_layout_and_adapter(base, tmp_path):
+@pytest.fixture(params=["qwen3-vl", *(path.parent.name for path in FOLDERS)])
+def base(request, clips, tmp_path) -> Path:
+    """A small checkpoint in the published layout: one made here, and the parity fixtures where they are."""
+    if request.param != "qwen3-vl":
+        return next(path.parent for path in FOLDERS if path.parent.name == request.param)
+    (tmp_path / "base").mkdir()
+    return save_tiny(tmp_path / "base", train_tokenizer(all_texts(clips.references), vocab_size=400))
+
+
+def test_published_layout_and_adapter(base, random_model, tmp_path):
     """A trained model has the names of its base, and loads as the base does."""
     network = load_network(base)
     attach_lora(network, LoraConfig(rank=2, alpha=4), seed=0)
@@ -80,18 +92,35 @@ def test_published_layout_and_adapter(base, tmp_path):
     assert changed and all("layers" in name and "proj" in name for name in changed)
     again = load_network(tmp_path / "published").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in network.state_dict().items())
-    # The adapter has the names of published ones, and gives the same model.
+    # The adapter has the names of the code for the base, and gives the same model.
     write_adapter(tmp_path / "adapter", tmp_path / "repo", base=str(base))
     names = load_file(tmp_path / "repo" / "adapter_model.safetensors")
-    assert all(name.startswith("base_model.model.model.layers.") for name in names)
+    modules = {name.rpartition(".")[0] for name in before}
+    assert all(name.removeprefix("base_model.model.").split(".lora_")[0] in modules for name in names)
     other = load_network(base)
     load_adapter(other, tmp_path / "repo")
     other.lm = other.lm.merge_and_unload()
     assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in other.state_dict().items())
     # Another base is refused.
-    for other_base in (path.parent for path in FOLDERS if path.parent != base):
-        with pytest.raises(ValueError, match="was not trained from"):
+    for other_base in {random_model, *(path.parent for path in FOLDERS)} - {base}:
+        with pytest.raises(ValueError, match=r"was not trained from|has no weights"):
             write_published_layout(tmp_path / "merged", tmp_path / "published", base=str(other_base))
+
+
+def test_peft_finds_the_modules_of_an_adapter(clips, tmp_path):
+    """PEFT attaches a pushed adapter to transformers' own model."""
+    for name in ("base", "repo"):
+        (tmp_path / name).mkdir()
+    base = save_tiny(tmp_path / "base", train_tokenizer(all_texts(clips.references), vocab_size=400))
+    network = load_network(base)
+    attach_lora(network, LoraConfig(rank=2, alpha=4), seed=0)
+    save_adapter(network, tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", tmp_path / "repo", base=str(base))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(base)
+    weights = load_file(tmp_path / "repo" / "adapter_model.safetensors")
+    attached = PeftModel.from_pretrained(model, str(tmp_path / "repo")).state_dict()
+    for name, value in weights.items():
+        assert torch.equal(attached[name.replace(".weight", ".default.weight")], value), name
 
 
 def test_upload(call, run, monkeypatch):
@@ -123,6 +152,7 @@ def test_wrong_usage(call, run, tmp_path):
         (model, "c"): "must be OWNER/NAME",
         (model, "me/c", "--layout", "published"): "pass its folder or hub id as --base",
         (tmp_path, "me/c"): "an adapter belongs to a base model",
+        (tmp_path, "me/c", "--base", "b", "--layout", "published"): "always has the names of published ones",
         (model, "me/c", "--run", tmp_path, "--out", tmp_path / "new"): "has no summary.json",
     }.items():
         code, _, err = call("push", *args)

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from jsonargparse import Namespace
@@ -60,6 +61,8 @@ def eval_parser() -> FlagParser:
 def run_eval(values: Namespace) -> int:
     """Print the rates of a benchmark, or how to caption its videos."""
     if values.captions is None:
+        if values.out:
+            raise ValueError("--out needs --captions, a file of captions to score")
         return _explain(values)
     if values.benchmark == "testset":
         from salmonn.cli.score import run_score, score_parser
@@ -91,8 +94,9 @@ def _explain(values: Namespace) -> int:
     sys.stdout.write(
         f"{one.title}: {plural(len(videos), 'video')} listed in {path}. To caption them, with the model's own frame "
         "sampling, and to score the captions:\n"
-        f"salmonn caption --list {path} --out captions.jsonl{flags} --model MODEL\n"
-        f"salmonn eval {values.benchmark} {values.data} --captions captions.jsonl --base-url URL --model JUDGE\n"
+        f"salmonn caption --list {quote(str(path))} --out captions.jsonl{flags} --model MODEL\n"
+        f"salmonn eval {values.benchmark} {quote(str(values.data))} --captions captions.jsonl "
+        "--base-url URL --model JUDGE\n"
     )
     return 0
 
@@ -104,7 +108,13 @@ def _score_dream(values: Namespace) -> int:
     items = autodq.read_dream(values.data)
     by_path = {str(values.data.parent / item.video): item.video for item in items}
     by_path |= {item.video: item.video for item in items}
-    captions = {by_path[one.video]: one.text for one in read_captions(values.captions) if one.video in by_path}
+    found = [one for one in read_captions(values.captions) if one.video in by_path]
+    captions = {by_path[one.video]: one.text for one in found}
+    if len(captions) < len(found):
+        raise ValueError(
+            f"{values.captions} has {len(found)} captions of {plural(len(captions), 'video')}; the benchmark scores "
+            "one caption of each whole video"
+        )
     if not captions:
         raise ValueError(f"{values.captions} has no caption of a video of {values.data}; their paths must agree")
     config = judge_config(values)

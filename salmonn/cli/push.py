@@ -33,7 +33,8 @@ def push_parser() -> FlagParser:
     parser.add_argument("--layout", type=Literal["own", "published"], default="own", help=layouts)
     runs = "folder of the run whose results the card shows (default: found from the model's folder)"
     parser.add_argument("--run", type=Path | None, default=None, help=runs)
-    parser.add_argument("--license", type=str, default="apache-2.0", help="license of the weights, for the card")
+    licenses = "license of the weights for the card, such as apache-2.0: that of the base model allows some only"
+    parser.add_argument("--license", type=str | None, default=None, help=licenses)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     outs = "write the files to this new folder instead of uploading them"
     parser.add_argument("--out", type=Path | None, default=None, help=outs)
@@ -79,6 +80,8 @@ def _check(values: Namespace, *, is_adapter: bool) -> None:
         )
     if values.repo.count("/") != 1 or not all(values.repo.split("/")):
         raise ValueError(f"repository {values.repo!r} must be OWNER/NAME, such as me/my-captioner")
+    if is_adapter and values.layout == "published":
+        raise ValueError("an adapter always has the names of published ones; leave out --layout published")
     if not values.base and (is_adapter or values.layout == "published"):
         what = "an adapter belongs to a base model" if is_adapter else "--layout published has the files of the base"
         raise ValueError(f"{what}; pass its folder or hub id as --base")
@@ -108,12 +111,13 @@ def make_card(values: Namespace, *, is_adapter: bool) -> str:
     if values.run and not (run / SUMMARY_NAME).is_file():
         raise ValueError(f"{run} has no {SUMMARY_NAME}; pass a finished run as --run, or leave it out")
     stages: dict[str, Any] = {}
+    config = None
     if (run / SUMMARY_NAME).is_file():
         stages = dict(RunSummary.from_json(read_json(run / SUMMARY_NAME)).figures)
+        config = next(iter(sorted(run.glob("*.yaml"))), None)
     columns = [
         name for name in next(iter(stages.values()), ()) if any(one[name] is not None for one in stages.values())
     ]
-    config = next(iter(sorted(run.glob("*.yaml"))), None)
     data = ModelCardData(
         license=values.license,
         base_model=values.base,

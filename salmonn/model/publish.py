@@ -99,16 +99,21 @@ def write_published_layout(model: Path, folder: Path, *, base: str) -> None:
 
 
 def write_adapter(adapter: Path, folder: Path, *, base: str) -> None:
-    """Write a saved adapter with the names of weights of published adapters, for a base checkpoint.
+    """Write a saved adapter with the names that adapters for the code of a base checkpoint have.
 
     Args:
         adapter: PEFT folder of a round.
         folder: empty folder.
         base: folder or hub id of the model that it belongs to.
     """
-    own = f"base_model.model.{get_family(load_config(base)).decoder_prefix}"
+    family = get_family(load_config(base))
+    # Adapters have the module names of the code for the base, which its checkpoint has, too.
+    first = "layers.0.self_attn.q_proj.weight"
+    own = f"lm.{family.decoder_prefix}{first}"
+    theirs = next(name for name in _base_files(base) if _own_name(name, family.weight_names) == own)
+    ours, theirs = f"base_model.model.{family.decoder_prefix}", f"base_model.model.{theirs.removesuffix(first)}"
     tensors = load_file(adapter / ADAPTER_WEIGHTS_NAME)
-    renamed = {name.replace(own, "base_model.model.model.", 1): tensor for name, tensor in tensors.items()}
+    renamed = {name.replace(ours, theirs, 1): tensor for name, tensor in tensors.items()}
     save_file(renamed, str(folder / ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
     write_json(
         folder / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": base}
@@ -121,16 +126,22 @@ def _own_name(name: str, weight_names: Mapping[str, str]) -> str:
     return name
 
 
-def _read_base(base: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a folder, or of a checkpoint on the hub, by their names."""
+def _base_files(base: str) -> dict[str, str]:
+    """Return name of each weight of a folder or of a checkpoint on the hub -> name of its file."""
     try:
         index = cached_file(base, INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        shards = sorted(set(read_json(Path(index))["weight_map"].values())) if index else [WEIGHTS_NAME]
-        files = [str(cached_file(base, shard)) for shard in shards]
+        if index:
+            return dict(read_json(Path(index))["weight_map"])
+        with safe_open(str(cached_file(base, WEIGHTS_NAME)), framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), WEIGHTS_NAME)
     except OSError as error:
         raise ValueError(f"the weights of {base} cannot be read: {error}") from error
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
+
+
+def _read_base(base: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a folder, or of a checkpoint on the hub, by their names."""
+    for file in sorted(set(_base_files(base).values())):
+        with safe_open(str(cached_file(base, file)), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 yield name, tensors.get_tensor(name)
 

@@ -106,7 +106,7 @@ def read_dream(path: Path) -> list[DreamItem]:
     """Read the benchmark's annotations (DREAM-1k.jsonl), whose `video_file` says where each video is.
 
     Raises:
-        ValueError: a line is no annotation, or its video file is not filled in.
+        ValueError: a line is not an annotation, or its video file is not filled in.
     """
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -122,7 +122,7 @@ def read_dream(path: Path) -> list[DreamItem]:
                 str(value["dataset"]),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number} is no annotation of DREAM-1K: {error}") from error
+            raise ValueError(f"{path}:{number} is not an annotation of DREAM-1K: {error}") from error
         if not item.video or item.video.startswith("<"):
             raise ValueError(
                 f"{path}:{number} has the video_file {item.video!r}; fill in the files of the downloaded videos first, "
@@ -196,7 +196,7 @@ def parse_events(reply: str) -> list[str]:
     """Return the events of a reply; raises InvalidReplyError if it has no list of texts."""
     events = parse_object(reply, ("events",)).get("events")
     if not isinstance(events, list) or not all(isinstance(event, str) for event in events):
-        raise InvalidReplyError('"events" is no list of texts')
+        raise InvalidReplyError('"events" is not a list of texts')
     return [event for event in events if event.strip()]
 
 

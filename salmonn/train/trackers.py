@@ -32,8 +32,8 @@ class Tracker(Protocol):
         """Report the metrics of a step of a stage, such as round_1."""
         ...
 
-    def close(self) -> None:
-        """Send what is left and mark the run as ended."""
+    def close(self, *, failed: bool) -> None:
+        """Send what is left and mark the run as ended or failed."""
         ...
 
 
@@ -47,8 +47,8 @@ class _Trackio:
     def log(self, stage: str, metrics: Mapping[str, float], *, step: int) -> None:
         self._run.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish()  # Trackio keeps no state of a run
 
 
 class _Wandb:
@@ -68,8 +68,8 @@ class _Wandb:
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self._run.log({f"{stage}/{name}": value for name, value in {**metrics, "step": step}.items()})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _Mlflow:
@@ -92,8 +92,8 @@ class _Mlflow:
         values = [self._metric(f"{stage}/{name}", value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self.run_id, metrics=values, synchronous=False)  # a slow server delays no step
 
-    def close(self) -> None:
-        self._client.set_terminated(self.run_id)
+    def close(self, *, failed: bool) -> None:
+        self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 _TRACKERS: Mapping[str, Any] = {"trackio": _Trackio, "wandb": _Wandb, "mlflow": _Mlflow}
@@ -129,8 +129,8 @@ def start_tracker(name: TrackerName, folder: Path, settings: Mapping[str, Any]) 
         log.warning("%s cannot be used (%s); metrics are written to %s only", name, error, folder)
         return
     write_json(path, {"tracker": name, "run_id": tracker.run_id})
-    _active, _folder = tracker, folder
-    atexit.register(stop_tracker)
+    _active, _folder = tracker, folder.resolve()
+    atexit.register(stop_tracker, failed=True)  # a run that ends as it should has stopped it before
 
 
 def report(folder: Path, metrics: Mapping[str, float], *, step: int) -> None:
@@ -141,22 +141,26 @@ def report(folder: Path, metrics: Mapping[str, float], *, step: int) -> None:
         metrics: name -> value.
         step: step of the stage.
     """
-    if _active is None:
+    if _active is None or not folder.resolve().is_relative_to(_folder):  # of another run in this process
         return
-    stage = folder.resolve().relative_to(_folder.resolve()).as_posix()
+    stage = folder.resolve().relative_to(_folder).as_posix()
     try:
         _active.log("train" if stage == "." else stage, metrics, step=step)
     except Exception as error:  # noqa: BLE001
         log.warning("the experiment tracker failed (%s); further metrics are written to %s only", error, _folder)
-        stop_tracker()
+        stop_tracker(failed=True)
 
 
-def stop_tracker() -> None:
-    """End the run of the tracker, if there is one."""
+def stop_tracker(*, failed: bool = False) -> None:
+    """End the run of the tracker, if there is one.
+
+    Args:
+        failed: whether the training has stopped before its end.
+    """
     global _active
     tracker, _active = _active, None
     if tracker:
         try:
-            tracker.close()
+            tracker.close(failed=failed)
         except Exception as error:  # noqa: BLE001
             log.warning("the experiment tracker could not send its last metrics: %s", error)
