@@ -77,7 +77,8 @@ def encode_clip(
     if has_file:
         parts.append(video_part(Path(clip.path)))
     elif clip.has_video:
-        for seconds, frame in zip(clip.frame_times, clip.frames, strict=True):
+        # From the start of the span, as the audio and the transcript.
+        for seconds, frame in zip(clip.frame_times - clip.start_seconds, clip.frames, strict=True):
             parts += [{"type": "text", "text": f"[{seconds:.1f} s]"}, image_part(frame, frame_format)]
     if clip.waveform is not None and not (has_file and server_input == "video"):
         parts.append(audio_part(clip.waveform))

@@ -23,6 +23,7 @@ from salmonn.media.clip import read_clip
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Caption, Failure
 from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError
+from salmonn.speech import SpeechEvent
 from tests.caption.served_model import captioner as scripted
 from tests.caption.served_model import content_of, describe, images_of, sound_of
 from tests.score.completions import FakeClock
@@ -102,7 +103,7 @@ def test_conversation_and_sampling(serve, videos):
     *frames, text = content_of(sent)
     assert text["text"] == DEFAULT_PROMPTS["visual"] and sound_of(sent) is None
     times = [float(part["text"][1:-3]) for part in frames[::2]]
-    assert len(times) == 20 and min(times) >= 2.0 and max(times) < 4.0  # all of two seconds at 10 fps
+    assert times == [number / 10 for number in range(20)]  # all of two seconds at 10 fps, from the start of the span
     form = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": {"type": "object"}}}
     assert {name: value for name, value in sent.items() if name not in ("messages", "model")} == {
         "temperature": 0.7, "top_p": 0.8, "max_tokens": 20, "repetition_penalty": 1.1, "stop": ["END"], "seed": 7,
@@ -413,6 +414,18 @@ def test_the_key_is_sent_and_not_recorded(serve, videos, monkeypatch):
 def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         ServerOptions(**options)
+
+
+def test_the_transcript_is_added_to_the_prompt(serve, videos):
+    server = serve(scripted())
+    speech = (SpeechEvent("Hello.", 0.5, 1.5), SpeechEvent("Goodbye.", 3.0, 3.5))
+    request = CaptionRequest(videos[0], None, GREEDY, Span(2.5, 5.0), history=[("What?", "A circle.")], speech=speech)
+    ((caption,),) = open_captioner(server).generate([request])
+    first, answer, last = server.requests[0]["messages"]
+    assert content_of(server.requests[0])[-1]["text"] == "What?" and answer["content"] == "A circle."
+    assert last["content"] == request.with_context(DEFAULT_PROMPTS["both"]) and "[0.5-1.0] Goodbye." in last["content"]
+    assert "Hello" not in last["content"] and caption.prompt == last["content"]
+    assert first["role"] == "user"
 
 
 def test_shaped_captions(serve, videos):
