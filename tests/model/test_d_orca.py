@@ -6,6 +6,7 @@ qwenvl/data/data_qwen.py and qwenvl/model/qwen3_vl/ of github.com/WeChatCV/D-ORC
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +20,14 @@ from salmonn.caption.generate import generate
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import train_tokenizer
+from salmonn.conversations import Turn
 from salmonn.media.clip import Clip
 from salmonn.model.families import from_published
 from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
-from salmonn.train.data import all_texts
+from salmonn.train.data import ClipSource, SftBatches, TrainingExample, all_texts, sft_loss
+from salmonn.train.loop import FitConfig, FitContext, fit
 from tests.qwen3_vl import TEXT, VISION
 
 RATE, PROMPT = 4.0, "Tell."
@@ -203,3 +207,18 @@ def test_training_keeps_prefix_sharing_exact(captioner):
         for number, row in enumerate(rows):
             (plain,) = network(processor.collate([PromptRow(0, row.prompt, row.answer)], [clips[row.clip]]))
             assert torch.allclose(shared[number, : len(plain)], plain, atol=1e-5)
+
+
+def test_an_adapter_learns_captions(captioner, tmp_path):
+    """Of clips with video and audio, whose features are computed once; it is removed again afterwards."""
+    network, processor = captioner.network, captioner.processor
+    clips = [processor.clip_inputs(make_clip(numbers, audio_seconds=audio)) for numbers, audio in CASES[:2]]
+    features = dict(zip((ClipSource(Path("a")), ClipSource(Path("b"))), captioner.encode(clips), strict=True))
+    examples = [TrainingExample(one, (Turn("Tell.", f"a red star and {n} tones"),)) for n, one in enumerate(features)]
+    batches = SftBatches(examples, processor, features.__getitem__, batch_size=2, seed=0)
+    attach_lora(network, LoraConfig(rank=8, dropout=0.0), seed=0)
+    config = FitConfig(learning_rate=3e-3, steps=5, warmup_ratio=0.2, batch_size=2)
+    fit(network, batches, sft_loss, config, context=FitContext("captions", tmp_path))
+    network.lm = network.lm.unload()
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert steps[-1]["loss"] < 0.95 * steps[0]["loss"]

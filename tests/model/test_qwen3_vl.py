@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import Qwen3VLForConditionalGeneration
 
 from salmonn.caption.captioner import Captioner
@@ -22,7 +23,8 @@ from salmonn.conversations import Turn
 from salmonn.media.clip import Clip
 from salmonn.media.container import ClipError
 from salmonn.model.loading import load_config
-from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
+from salmonn.model.publish import write_adapter
 from salmonn.model.towers import normalize
 from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison
@@ -190,6 +192,28 @@ def test_the_model_hears_nothing(captioner, videos):
         captioner.caption(videos[0], modality="audio")
     with pytest.raises(ClipError, match="needs video and audio, but a qwen3-vl model hears nothing"):
         ClipCache(captioner.processor)(ClipSource(videos[0], needs_both=True))
+
+
+@torch.no_grad()
+def test_a_published_adapter_is_one_for_transformers(folder, inputs, expected, tmp_path):
+    """PEFT loads it onto transformers' model, with the logits of ours; and we load what PEFT saves."""
+    network = Captioner.load(folder).network
+    attach_lora(network, LoraConfig(rank=4, dropout=0.0), seed=0)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.3)
+    network.eval()
+    save_adapter(network, tmp_path / "adapter")
+    (tmp_path / "published").mkdir()
+    write_adapter(tmp_path / "adapter", tmp_path / "published", base=str(folder))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    theirs = PeftModel.from_pretrained(model, tmp_path / "published").eval()
+    logits, _, order = network.prefill(inputs)
+    for row, one in enumerate(expected):
+        assert torch.allclose(logits[order.index(row)], theirs(**one).logits[0, -1], atol=1e-4)
+    theirs.save_pretrained(tmp_path / "peft")
+    again, _, _ = Captioner.load(folder, adapter=tmp_path / "peft").network.prefill(inputs)
+    assert torch.allclose(again, logits, atol=1e-4)
 
 
 def test_examples_are_about_what_the_model_perceives(captioner, clips):
