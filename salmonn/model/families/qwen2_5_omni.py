@@ -77,7 +77,7 @@ class Qwen2_5Omni(GridFamily):
 
     name = "qwen2.5-omni"
     title = "Qwen2.5-Omni (qwen2_5_omni)"
-    # AVoCaDO and ASID-Captioner are prompted as video-SALMONN 2+; a captioner of its own prompt takes it with --prompt.
+    # ASID-Captioner's demo has the prompt of video-SALMONN 2+; a captioner with another prompt takes it with --prompt.
     prompts: ClassVar[Mapping[Modality, str]] = Salmonn2Plus.prompts
     published_configs: ClassVar[Mapping[str, dict[str, Any]]] = {
         "Qwen/Qwen2.5-Omni-7B": PUBLISHED_7B,
