@@ -15,6 +15,7 @@ from pathlib import Path
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger_files import parse_last_line
 from salmonn.records import Caption, Event, Reference, parse_record
+from salmonn.score.quotations import find_quotations
 from salmonn.speech import SpeechEvent, quote_words
 
 NO_TRANSCRIPT = "no transcript"  # start of the warning
@@ -192,7 +193,7 @@ def add_speech(
     counts = dict.fromkeys(("added", "replaced", "quoted before", "without transcript"), 0)
     for reference in references:
         transcript = transcripts.get(str(root / reference.video))
-        others = tuple(event for event in reference.events if event.modality != "speech" or '"' not in event.text)
+        others = tuple(one for one in reference.events if one.modality != "speech" or not any(find_quotations(one.text)))
         quotes = len(others) < len(reference.events)
         if transcript is None:
             outcome = "without transcript"

@@ -117,6 +117,9 @@ def test_speech_is_added_to_references(tmp_path):
     assert changed[1] == references[1] and changed[2].events == (untimed, late, *added)
     assert changed[3:] == references[3:]  # without a transcript, and without speech
     assert counts == {"added": 3, "replaced": 0, "quoted before": 1, "without transcript": 1}
+    others = [Event(f"a voice says {text}", "speech", 0.5, 1.0) for text in ("“Yellow.”", "«Jaune.»", "「黄色。」")]
+    kept, counts_of_others = add_speech([Reference("a.mp4", (one,)) for one in others], files, root=tmp_path)
+    assert [one.events for one in kept] == [(one,) for one in others] and counts_of_others["quoted before"] == 3
     replaced, counts = add_speech(changed, files, root=tmp_path, replace_quoted=True)
     assert replaced[0] == changed[0] and replaced[1].events == (seen, *added)
     assert counts == {"added": 1, "replaced": 3, "quoted before": 0, "without transcript": 1}
