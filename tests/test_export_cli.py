@@ -41,6 +41,18 @@ def test_tables(call, captions, tmp_path):
     assert Path("all.parquet").read_bytes()[:4] == b"PAR1"
 
 
+def test_files_beside_the_captions_are_no_captions(call, captions):
+    """A glob also matches the shots, and the fused captions, which would be one more segment; alone these count."""
+    append_records(Path("captions.jsonl"), halves("again"))
+    Path("captions.shots.jsonl").write_text('{"video": "b.mp4", "bounds": [1.0]}\n')
+    append_records(Path("captions.fused.jsonl"), [Caption("b.mp4", "fused", end_seconds=2.0)])
+    code, _, err = call("export", *Path().glob("captions*.jsonl"), "--to", "all.jsonl")
+    assert code == 0, err
+    assert sorted(one.text for one in read_records("all.jsonl", Caption)) == ["again 0.0", "again 1.0", "new"]
+    assert call("export", "captions.fused.jsonl", "--to", "all.jsonl")[0] == 0
+    assert [one.text for one in read_records("all.jsonl", Caption)] == ["fused"]
+
+
 def test_texts_beside_the_videos(call, captions):
     Path("a.srt").write_text("mine")
     code, _, err = call("export", *captions, "--to", "srt", "txt")

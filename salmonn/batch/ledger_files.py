@@ -195,6 +195,20 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(keys, key=lambda path: keys[path])
 
 
+def captions_among(paths: Sequence[Path]) -> list[Path]:
+    """Return the captions files among those that a pattern such as `captions*.jsonl` matches.
+
+    Fused captions count unless the captions that they were made from are there, too.
+    """
+    kept = [path for path in paths if not path.name.endswith(tuple({*SIDE_SUFFIXES} - {FUSED_SUFFIX}))]
+    return [
+        path
+        for path in kept
+        if not path.name.endswith(FUSED_SUFFIX)
+        or path.with_name(path.name.removesuffix(FUSED_SUFFIX) + ".jsonl") not in kept
+    ]
+
+
 def move_to_backup(files: LedgerFiles) -> list[Path]:
     """Rename the files of earlier runs; see `backup_path`.
 

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger_files import (
     FAILED_SUFFIX,
-    SHOTS_SUFFIX,
-    SUBTITLES_SUFFIX,
+    VERSION_FIELDS,
     LedgerFiles,
+    captions_among,
     in_order,
     read_complete,
 )
@@ -63,7 +63,7 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
     """Read the latest captions of a run, and the failures that no later caption has settled.
 
     Args:
-        paths: captions files of one or more runs; lists of failures, subtitles and shots among them are skipped.
+        paths: captions files of one or more runs; other files of a run among them are skipped.
 
     Raises:
         ValueError: a file does not exist, holds no captions, or has an invalid line.
@@ -71,7 +71,7 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file; name JSONL files from `salmonn caption`")
-    named = [path for path in paths if not path.name.endswith((FAILED_SUFFIX, SUBTITLES_SUFFIX, SHOTS_SUFFIX))]
+    named = captions_among(paths)
     captions = list(LatestCaptions(in_order(named)))
     failures = list(_outstanding(named, captions))
     if not captions and not failures:
@@ -108,7 +108,8 @@ def _outstanding(paths: Sequence[Path], captions: Sequence[Caption]) -> Iterator
 
 
 def _part(record: Caption | Failure) -> tuple[object, ...]:
-    return record.video, record.size_bytes, record.modified_ns, record.start_seconds or 0.0
+    version = (getattr(record, name) for name in VERSION_FIELDS)
+    return record.video, *version, record.start_seconds or 0.0
 
 
 def find_video(name: str, *, root: Path, captions_dir: Path) -> Path:

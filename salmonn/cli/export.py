@@ -139,13 +139,13 @@ def _export_rows(values: Namespace) -> int:
 
 
 def _require_captions(named: list[Path]) -> list[Path]:
-    """Return the captions files; `captions*.jsonl` also matches the lists beside them."""
-    from salmonn.batch.ledger_files import FAILED_SUFFIX, SUBTITLES_SUFFIX
+    """Return the captions files; `captions*.jsonl` also matches the files beside them."""
+    from salmonn.batch.ledger_files import captions_among
 
     for path in named:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file; name JSONL files from `salmonn caption`")
-    paths = [path for path in named if not path.name.endswith((FAILED_SUFFIX, SUBTITLES_SUFFIX))]
+    paths = captions_among(named)
     if not paths:
         raise ValueError(f"{named[0]} contains no captions; name JSONL files from `salmonn caption`")
     return paths

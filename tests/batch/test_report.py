@@ -62,6 +62,17 @@ def test_latest_captions_and_outstanding_failures(tmp_path):
     ]
 
 
+def test_fused_captions_and_versions_by_etag(tmp_path):
+    """A remote file has no time but an ETag; fused captions count if they are named alone."""
+    write_records(tmp_path / "captions.jsonl", [Caption("s3://b/a.mp4", "Rain falls.", size_bytes=5, etag="new")])
+    failures = [Failure("s3://b/a.mp4", f"failed {etag}", size_bytes=5, etag=etag) for etag in ("new", "newer")]
+    write_records(tmp_path / "captions.failed.jsonl", failures)
+    write_records(tmp_path / "captions.fused.jsonl", [Caption("s3://b/a.mp4", "Fused.", size_bytes=5, etag="new")])
+    rows = read_rows(sorted(tmp_path.glob("captions*.jsonl")))
+    assert [row.text for row in rows] == ["Rain falls.", "failed newer"]
+    assert [row.text for row in read_rows([tmp_path / "captions.fused.jsonl"])] == ["Fused."]
+
+
 def test_histogram():
     def bars(*lengths: int) -> list[Bar]:
         return word_histogram([to_row(Caption("a.mp4", " ".join(map(str, range(n))))) for n in lengths], max_bars=4)
