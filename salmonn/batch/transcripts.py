@@ -193,7 +193,7 @@ def add_speech(
     counts = dict.fromkeys(("added", "replaced", "quoted before", "without transcript"), 0)
     for reference in references:
         transcript = transcripts.get(str(root / reference.video))
-        others = tuple(one for one in reference.events if one.modality != "speech" or not any(find_quotations(one.text)))
+        others = tuple(e for e in reference.events if e.modality != "speech" or not any(find_quotations(e.text)))
         quotes = len(others) < len(reference.events)
         if transcript is None:
             outcome = "without transcript"
