@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, fetch_config, job_config
-from salmonn.cli.caption_outputs import write_folders
+from salmonn.cli.caption_outputs import remote_output, write_folders
 from salmonn.cli.caption_server import load_server, server_settings
 from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
@@ -59,6 +59,7 @@ def run_caption(values: Namespace) -> int:
             to_stdout = str(values.out) == STDOUT
             if to_stdout:  # the run's other files are of no use once it has ended
                 values.out = Path(stack.enter_context(TemporaryDirectory())) / "captions.jsonl"
+            stack.enter_context(remote_output(values, list_videos(values).shard))
             num_failed = _caption(values, to_stdout=to_stdout)
     except (ValueError, OSError) as error:
         if dist.world_size() > 1:
@@ -75,7 +76,8 @@ def _dry_run(values: Namespace) -> int:
     from salmonn.batch.ledger_files import LedgerFiles
 
     listing = list_videos(values)
-    with _open_ledger(values, LedgerFiles(values.out, listing.shard), read_only=True) as ledger:
+    files = LedgerFiles(values.out, listing.shard)
+    with remote_output(values, listing.shard), _open_ledger(values, files, read_only=True) as ledger:
         # Without a limit on failures: folders that cannot be listed are counted as they are in a run.
         job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
         found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.presets import ExportFormat
 from salmonn.caption.segments import FixedSegments, SegmentRule, ShotDetectorName, ShotSegments
+from salmonn.cli.caption_outputs import out_path, resolve_out
 from salmonn.cli.caption_server import add_server_options, server_options
 from salmonn.cli.context_options import CONTEXT_SETTINGS, add_context_options, speech_context
 from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
@@ -107,7 +108,9 @@ def _add_segment_options(group: Any) -> None:
 def _add_output_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Output")
     outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl beside it; -: stdout"
-    group.add_argument("--out", type=Path, required=True, help=outs)
+    outs += "; a URL (s3://, gs://, hf://): uploaded at intervals and at the end"
+    group.add_argument("--out", type=out_path, required=True, help=outs)
+    group.add_argument("--upload_seconds", type=float, default=600.0, help="time between uploads, if --out is a URL")
     exports = "csv, parquet: a table beside --out, written at the end; "
     exports += "datasets, webdataset: a folder of shards, of captions alone or with their videos, written at the end; "
     exports += "txt, srt, vtt: a file beside each video, written with its caption"
@@ -148,6 +151,7 @@ def check_options(values: Namespace) -> None:
     """Raise a ValueError for values that make no sense, and complete those that follow from others."""
     from salmonn.batch.discovery import Shard, VideoListing
 
+    resolve_out(values)
     resolve_shape(values)
     _resolve_events(values)
     if str(values.out) == STDOUT:

@@ -1,14 +1,53 @@
-"""What `salmonn caption` writes at its end besides the captions file: folders of shards."""
+"""Outputs of `salmonn caption` besides local captions: remote ones, and folders of shards written at its end."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
 if TYPE_CHECKING:
+    from salmonn.batch.discovery import Shard
     from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.records import Failure
+
+
+def out_path(text: str) -> Path | str:
+    """Parse --out: a URL stays a string."""
+    from salmonn.batch.remote import is_url
+
+    return text if is_url(text) else Path(text)
+
+
+def resolve_out(values: Namespace) -> None:
+    """Replace an --out that is a URL by its working copy; raises a ValueError for one that cannot be written to."""
+    values.remote_out = None
+    if isinstance(values.out, str):
+        from salmonn.batch.remote_output import working_path
+
+        values.remote_out, values.out = values.out, working_path(values.out)
+
+
+@contextmanager
+def remote_output(values: Namespace, shard: "Shard") -> Iterator[None]:
+    """Begin with the uploaded files of a run whose --out is a URL, and upload them at intervals and at the end."""
+    from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.batch.remote_output import RemoteOutput
+
+    if values.remote_out is None:
+        yield
+        return
+    output = RemoteOutput(values.remote_out, LedgerFiles(values.out, shard), seconds=values.upload_seconds)
+    output.download(overwrite=values.overwrite)
+    if values.dry_run:
+        yield
+        return
+    with output:
+        yield
+    if not values.quiet:
+        sys.stderr.write(f"uploaded to {values.remote_out}\n")
 
 
 def write_folders(values: Namespace, files: "LedgerFiles") -> int:

@@ -1,10 +1,15 @@
-"""The files of a run, videos and the command that captions them."""
+"""The files of a run, videos, the command that captions them, and servers of remote files."""
 
 import os
 
+import fsspec
 import pytest
 
+from salmonn.batch import remote
 from salmonn.batch.ledger_files import LedgerFiles
+from tests.batch.stores import FileServer, HubServer, start_s3
+
+ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture
@@ -35,3 +40,47 @@ def caption(call, random_model, tmp_path):
 
     caption.model = ("--model", random_model, "--max-new-tokens", 6)
     return caption
+
+
+@pytest.fixture(scope="session")
+def s3_url():
+    server, url = start_s3()
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_url, monkeypatch):
+    """A file system with an empty bucket named `bucket`."""
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3_url, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    remote.filesystem.cache_clear()
+    store = remote.filesystem("s3")
+    store.mkdir("bucket")
+    yield store
+    monkeypatch.undo()
+    remote.filesystem.cache_clear()
+    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=s3_url)
+    try:
+        remote.filesystem("s3").rm("bucket", recursive=True)
+    finally:
+        for name in (*ENVIRONMENT, "AWS_ENDPOINT_URL"):
+            del os.environ[name]
+        remote.filesystem.cache_clear()
+
+
+@pytest.fixture
+def web():
+    server = FileServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HubServer()
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": "hf_test"})
+    remote.filesystem.cache_clear()
+    yield server
+    server.close()
+    remote.filesystem.cache_clear()

@@ -19,55 +19,9 @@ from salmonn.batch.fetch import FetchConfig, Fetcher
 from salmonn.batch.remote import expand_braces
 from salmonn.media.container import ClipError
 from salmonn.records import Caption, Failure, read_records
-from tests.batch.stores import FileServer, HubServer, start_s3
+from tests.batch.stores import FileServer
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
-
-ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@pytest.fixture(scope="module")
-def s3_url():
-    server, url = start_s3()
-    yield url
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_url, monkeypatch):
-    """A file system with an empty bucket named `bucket`."""
-    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": s3_url, "AWS_EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(name, value)
-    remote.filesystem.cache_clear()
-    store = remote.filesystem("s3")
-    store.mkdir("bucket")
-    yield store
-    monkeypatch.undo()
-    remote.filesystem.cache_clear()
-    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=s3_url)
-    try:
-        remote.filesystem("s3").rm("bucket", recursive=True)
-    finally:
-        for name in (*ENVIRONMENT, "AWS_ENDPOINT_URL"):
-            del os.environ[name]
-        remote.filesystem.cache_clear()
-
-
-@pytest.fixture
-def web():
-    server = FileServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = HubServer()
-    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": "hf_test"})
-    remote.filesystem.cache_clear()
-    yield server
-    server.close()
-    remote.filesystem.cache_clear()
 
 
 def tar_of(members: dict[str, bytes]) -> bytes:
