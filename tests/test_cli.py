@@ -120,7 +120,10 @@ def test_missing_arguments_are_named_as_they_are_written(call):
         (["--workers", "x"], "--workers: must be a whole number, got x"),
         (["--bits", "5"], "--bits: must be one of 4, 8, got 5"),
         (["--modality", "smell"], "--modality: must be one of both, visual, audio, got smell"),
-        (["--export", "json"], "--export element 1: must be one of csv, parquet, txt, srt, vtt, got json"),
+        (
+            ["--export", "json"],
+            "--export element 1: must be one of csv, parquet, datasets, webdataset, txt, srt, vtt, got json",
+        ),
         (["--nope", "1"], "unrecognized arguments: --nope 1"),
     ],
 )
@@ -205,7 +208,11 @@ def test_help_is_grouped_and_names_no_types(call):
         "One caption of a whole video", "Output", "Speed and limits", "Model", "Server instead of a local model",
     ]  # fmt: skip
     assert "type: " not in out and "null" not in out and "Literal" not in out
-    assert "{csv,parquet,txt,srt,vtt}" in out and "(default: 20)" in out and "default: False" not in out
+    assert (
+        "{csv,parquet,datasets,webdataset,txt,srt,vtt}" in out
+        and "(default: 20)" in out
+        and "default: False" not in out
+    )
 
 
 def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):

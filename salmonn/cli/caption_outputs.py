@@ -14,11 +14,20 @@ if TYPE_CHECKING:
     from salmonn.records import Failure
 
 
-def out_path(text: str) -> Path | str:
-    """Parse --out: a URL stays a string."""
+def out_path(text: Path | str) -> Path | str:
+    """Parse --out: a URL stays a string. The parser calls this again with the result."""
     from salmonn.batch.remote import is_url
 
-    return text if is_url(text) else Path(text)
+    return text if isinstance(text, str) and is_url(text) else Path(text)
+
+
+def require_local(*outs: Path | str) -> None:
+    """Raise a ValueError for an output that is a URL, for commands that write local files."""
+    from salmonn.batch.remote import is_url
+
+    for out in outs:
+        if isinstance(out, str) and is_url(out):
+            raise ValueError(f"{out} is a URL, and this command writes local files; write one and upload it")
 
 
 def resolve_out(values: Namespace) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from salmonn.cli.caption_outputs import report_unwritten
+from salmonn.cli.caption_outputs import report_unwritten, require_local
 from salmonn.cli.options import SOME_FAILED, add_subtitle_options, plural
 from salmonn.config import FlagParser
 
@@ -54,6 +54,7 @@ def export_parser() -> FlagParser:
 
 def run_export(values: Namespace) -> int:
     """Write captions or preferences in other formats."""
+    require_local(*values.to)
     if values.rows:
         return _export_rows(values)
     from salmonn.batch.export import TABLES, LatestCaptions, export_subtitles, export_table

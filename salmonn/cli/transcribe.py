@@ -24,6 +24,7 @@ from salmonn.cli.caption import (
     write_tables,
 )
 from salmonn.cli.caption_options import add_input_options, add_reading_options, fetch_config
+from salmonn.cli.caption_outputs import out_path, require_local
 from salmonn.cli.options import SOME_FAILED, add_subtitle_options, garbage_kept, plural
 from salmonn.config import FlagParser
 from salmonn.records import Reference, read_records, write_records
@@ -56,7 +57,7 @@ def transcribe_parser() -> FlagParser:
     replaces = "with --references, replace the speech events that already quote words"
     group.add_argument("--replace_speech", action="store_true", help=replaces)
     group = parser.add_argument_group("Output")
-    group.add_argument("--out", type=Path, required=True, help="JSONL file for the transcripts")
+    group.add_argument("--out", type=out_path, required=True, help="JSONL file for the transcripts")
     formats = Literal["csv", "parquet", "txt", "srt", "vtt", "json"]
     group.add_argument(
         "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
@@ -106,6 +107,7 @@ def run_transcribe(values: Namespace) -> int:
 
 def _check(values: Namespace) -> list[Reference] | None:
     """Raise a ValueError for values that make no sense; return the references, whose videos are the default paths."""
+    require_local(values.out)
     if values.out.suffix != ".jsonl":
         raise ValueError(f"--out {values.out} must end in .jsonl (for tables and subtitles, use --export)")
     if values.limit is not None and (values.limit < 1 or values.retry_failed):

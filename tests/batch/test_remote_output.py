@@ -91,6 +91,10 @@ def test_where_captions_cannot_go(call, tmp_path, monkeypatch, videos):
     ):
         code, _, err = call("caption", videos[0], "--out", url)
         assert code == 2 and words in err
+    (tmp_path / "captions.jsonl").write_text("")
+    for command in (["transcribe", videos[0], "--out"], ["export", tmp_path / "captions.jsonl", "--to"]):
+        code, _, err = call(*command, "s3://bucket/captions.jsonl")
+        assert code == 2 and "s3://bucket/captions.jsonl is a URL, and this command writes local files" in err
     assert working_path("s3://b/captions.csv").parent == working_path("s3://b/captions.jsonl").parent
 
 
