@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from salmonn.batch.remote import LOCAL_PREFIX, SCHEMES, RemoteError, attempt, is_url, name_of, scheme_of, store_of
 
@@ -55,6 +56,41 @@ def split_member(path: str) -> tuple[str, str] | None:
     """Split the path of a member into those of the container and of what is inside; None for any other path."""
     match = _MEMBER.fullmatch(path)
     return None if match is None else (match[1], match[2])
+
+
+def source_path(path: str) -> Path | None:
+    """Return a path with the name and folder of a video that is remote or in a container; None for a local file.
+
+    It is `/host/a/b c.mp4` for https://host/a/b%20c.mp4?key=1, and `shards/x/b.mp4` for shards/00.tar::x/b.mp4.
+    """
+    container, member = split_member(path) or (path, "")
+    if is_url(container):
+        place = "/" + container.partition("://")[2]
+        is_web = scheme_of(container) in ("http", "https")
+        container = unquote(re.split(r"[?#]", place)[0]) if is_web else place
+    elif not member:
+        return None
+    return Path(container).parent / member if member else Path(container)
+
+
+def holds_videos(path: str, *, column: str) -> bool:
+    """Return whether a path is that of a container of videos, or of a video in one, and not of a list of local files.
+
+    Args:
+        path: local path as the user named it.
+        column: column of the videos in Parquet files, which may also have paths.
+
+    Raises:
+        RemoteError: a Parquet file cannot be read.
+    """
+    if split_member(path) is not None:
+        return True
+    if not is_container(path) or Path(path).is_dir():
+        return False
+    if is_tar(path) or not Path(path).is_file():  # the latter with braces
+        return is_tar(path)
+    first = next(parquet_rows(path, column), "")
+    return isinstance(first, int) or is_url(first)
 
 
 def open_container(path: str, *, block_bytes: int = 4 << 20) -> BinaryIO:

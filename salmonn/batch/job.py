@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from salmonn.batch.containers import source_path
 from salmonn.batch.discovery import VideoFile, path_number
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.fetch import Fetcher
@@ -137,7 +138,8 @@ def caption_videos(
             seed = config.request.seed + path_number(video.path)
             speech[number] = config.context.find(video) if config.context else (None, "")
             spoken, _ = speech[number]
-            yield replace(config.request, path=path, sampling=sampling, seed=seed, speech=spoken)
+            source = source_path(video.path)
+            yield replace(config.request, path=path, sampling=sampling, seed=seed, speech=spoken, source=source)
 
     batches = captioner.caption_batches(
         requests(),

@@ -94,7 +94,7 @@ class Ledger:
         self.moved: list[Path] = []
         self._overwrite = overwrite
         self._read_only = read_only
-        self._job = {"format": FORMAT, **job}
+        self._job = json.loads(json.dumps({"format": FORMAT, **job}))  # as it is read back: tuples become lists
         self._start_seconds = float(start_seconds or 0.0)
         self._lines_per_file = lines_per_file
         self._num_lines = 0

@@ -50,17 +50,20 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return _FIELD.sub(lambda match: f"{{{match[1]}}}" if match[1] else values[match[2]], template)
 
 
-def clip_fields(names: Collection[str], path: Path, *, seconds: float) -> dict[str, str]:
+def clip_fields(names: Collection[str], path: Path, *, seconds: float, is_local: bool = True) -> dict[str, str]:
     """Return the values of fields for a clip; only those that are named, since {sidecar} needs a file.
 
     Args:
         names: names of fields; those that are not `CLIP_FIELDS` are ignored.
         path: video or audio file.
         seconds: length of the clip.
+        is_local: whether the file is on this machine, and not remote or in an archive.
 
     Raises:
-        ValueError: the sidecar file is missing, empty or not text.
+        ValueError: the sidecar file is missing, empty or not text, or the clip is not local and cannot have one.
     """
+    if "sidecar" in names and not is_local:
+        raise ValueError("{sidecar} is a text file beside a local video; download the video, or leave out {sidecar}")
     values = {"name": path.stem, "folder": path.absolute().parent.name, "duration": f"{round(seconds, 1):g}"}
     if "sidecar" in names:
         values["sidecar"] = read_sidecar(path)

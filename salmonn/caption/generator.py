@@ -97,6 +97,7 @@ class CaptionRequest:
         frames: which frames to look at; None uses the model's own rule.
         clip_turn: number of the prompt, counted over history and prompt, that shows the file.
         speech: speech of the whole file, of which the part in the span is added to the prompt; None adds nothing.
+        source: where the video comes from, if `path` is a temporary copy; it names the fields of templates.
     """
 
     path: Path
@@ -111,6 +112,7 @@ class CaptionRequest:
     frames: FrameOptions | None = None
     clip_turn: int = 0
     speech: tuple[SpeechEvent, ...] | None = None
+    source: Path | None = None
 
     def with_context(self, prompt: str) -> str:
         """Return a prompt with the transcript of the span, if the speech is given."""

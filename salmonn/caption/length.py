@@ -10,8 +10,8 @@ _STOP = re.compile(
     r"[.!?\u2026]+[\"'\u201d\u2019\u00bb)\]]*(?=\s|$)|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u201d\u2019\uff09\u3011\u300b]*"
 )
 _BLANK_LINE = re.compile(r"\n[ \t]*(?=\n)")
-# Before a name or a number, a full stop after one of these ends no sentence. Where a word in lower case follows, no
-# list is needed.
+# A full stop after one of these does not end the sentence if a name or a number follows. A word in lower case never
+# starts a sentence, whatever is before it.
 _ABBREVIATIONS = frozenset((
     "mr", "mrs", "ms", "dr", "prof", "st", "mt", "jr", "sr", "vs", "no", "nos", "fig", "approx", "ca", "nr", "hr", "fr",
     "bzw", "vgl", "z.b", "d.h", "e.g", "i.e", "a.m", "p.m", "sra", "dra", "mme", "mlle",

@@ -345,7 +345,8 @@ def shape_captions(
     dialogues: dict[tuple[int, str], Dialogue] = {}
     for index, (request, seconds) in enumerate(clips):
         try:
-            values = clip_fields(shape.fields, request.path, seconds=seconds)
+            place = request.source or request.path
+            values = clip_fields(shape.fields, place, seconds=seconds, is_local=request.source is None)
         except ValueError as error:
             failures[index] = str(error)
             continue
@@ -445,7 +446,7 @@ def _check_words(include: Sequence[str], avoid: Sequence[str], words: WordRange 
     """Raise a ValueError for words to include or avoid that no caption can satisfy."""
     for what, phrases in (("include", include), ("avoid", avoid)):
         if empty := [phrase for phrase in phrases if not count_words(phrase)]:
-            raise ValueError(f"{what} has {empty[0]!r}, which is no word; leave it out")
+            raise ValueError(f"{what} has {empty[0]!r}, which contains no word; leave it out")
     for phrase in include:
         if clash := [one for one in avoid if find_quote(one, phrase)]:
             raise ValueError(f"{phrase!r} is to be included and {clash[0]!r} to be avoided; leave one of them out")

@@ -189,14 +189,22 @@ def check_options(values: Namespace) -> None:
 
 
 def _check_remote(values: Namespace) -> None:
-    """Refuse outputs that lie beside the videos, where those are remote."""
+    """Refuse files beside the videos, where those are remote or in archives."""
+    from salmonn.batch.containers import holds_videos
     from salmonn.batch.remote import is_url
 
-    remote = [path for path in values.paths if is_url(path)]
-    if remote and values.dataset:
-        raise ValueError(f"--dataset lists local files, and {remote[0]} is remote; download the videos")
-    if remote and {"txt", "srt", "vtt"} & set(values.export) and values.subtitle_dir is None:
-        raise ValueError(f"subtitles are not written beside remote videos ({remote[0]}); choose a --subtitle-dir")
+    remote = next((path for path in values.paths if is_url(path) or holds_videos(path, column=values.column)), None)
+    if remote is None:
+        return
+    what = f"{remote} is {'remote' if is_url(remote) else 'an archive'}"
+    if values.dataset_layout is not None:
+        raise ValueError(
+            f"the dataset {values.dataset_layout.file} lists local files, and {what}; download or unpack the videos"
+        )
+    if {"txt", "srt", "vtt"} & set(values.export) and values.subtitle_dir is None:
+        raise ValueError(f"subtitles are written beside local videos only, and {what}; choose a --subtitle-dir")
+    if values.shape is not None and "sidecar" in values.shape.fields:
+        raise ValueError(f"{{sidecar}} is a text file beside a local video, and {what}; leave out {{sidecar}}")
 
 
 def fetch_config(values: Namespace) -> "FetchConfig":

@@ -49,6 +49,8 @@ def check_fuse_options(values: Namespace) -> None:
         return
     if values.segments is None:
         raise ValueError("--fuse makes one caption from those of segments; add --segments shots, or --segments 10")
+    if values.shape is not None and values.shape.is_named:
+        raise ValueError("--fuse makes one caption of each video, and --prompts several; use --prompt, or no --fuse")
     if str(values.out) == "-":
         raise ValueError("--fuse needs a file; use --out captions.jsonl instead of --out -")
     if values.fuse == "model" and values.engine == "ray":

@@ -20,7 +20,6 @@ SHAPE_SETTINGS = (
     "words", "include", "avoid", "language", "template", "prefix", "suffix", "trigger", "refine", "refine_server",
     "refine_model", "prompts",
 )  # fmt: skip
-PRESET_NAMES = ("hunyuan", "ltx2", "plain", "wan")
 
 
 class _PresetAction(argparse.Action):
@@ -47,11 +46,13 @@ def describe_presets() -> str:
 
 def add_shape_options(parser: FlagParser) -> None:
     """Add the flags to a parser."""
+    from salmonn.caption.presets import preset_names
+
     group = parser.add_argument_group(
         "Shape of the captions",
-        f"Presets for trainers of video generators: {', '.join(PRESET_NAMES)}; --preset list describes them. Prompts, "
-        "templates, prefix and suffix may have the fields {name}, {folder}, {duration} (seconds) and {sidecar} (the "
-        "text of the .txt file beside the clip).",
+        f"Presets for trainers of video generators: {', '.join(preset_names())}; --preset list describes them. "
+        "Prompts, templates, prefix and suffix may have the fields {name}, {folder}, {duration} (seconds) and "
+        "{sidecar} (the text of the .txt file beside the clip).",
     )
     presets = "name of a preset, or your own YAML file; other flags override it (list: describe all presets)"
     group.add_argument("--preset", action=_PresetAction, default=None, metavar="NAME", help=presets)
@@ -162,6 +163,7 @@ def _caption_shape(settings: "CaptionSettings", *, has_text_model: bool) -> "Cap
 def _dataset_layout(values: Namespace, preset: "Preset") -> "DatasetLayout | None":
     """Return the layout of the dataset file, with its path in place of its name."""
     from salmonn.batch.dataset import DEFAULT_COLUMNS, check_layout
+    from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.caption.presets import DatasetLayout
 
     layout = preset.dataset
@@ -177,16 +179,20 @@ def _dataset_layout(values: Namespace, preset: "Preset") -> "DatasetLayout | Non
             "a dataset has one caption for each file, and --segments makes several; cut the clips first, or "
             "use --segments without a dataset"
         )
-    own = {values.out.resolve(), values.out.with_suffix(".jsonl").resolve()}
-    if str(values.out) == "-" or Path(layout.file).resolve() in own:
+    if str(values.out) == "-":
         raise ValueError(f"the dataset {layout.file} needs captions in a file of their own: --out captions.jsonl")
+    tables = {".csv", ".parquet"} & {values.out.suffix, *(f".{name}" for name in values.export)}
+    own = {values.out.with_suffix(suffix).resolve() for suffix in (".jsonl", *tables)}
+    if Path(layout.file).resolve() in own or LedgerFiles(values.out.with_suffix(".jsonl")).owns(Path(layout.file)):
+        raise ValueError(f"the dataset {layout.file} would replace another file of this run; choose another --dataset")
     return layout
 
 
 def _common_folder(values: Namespace) -> Path:
     """Return the folder that contains all clips."""
     if values.list is not None or not values.paths:
-        raise ValueError("the place of the dataset file does not follow from a list of clips; choose it with --dataset")
+        cause = "the clips come from a list" if values.list is not None else "no folder is named"
+        raise ValueError(f"{cause}, so it is unclear where the dataset file belongs; choose a path with --dataset")
     folders = [path if path.is_dir() else path.parent for path in map(Path, values.paths)]
     if len(folders) == 1:
         return folders[0]

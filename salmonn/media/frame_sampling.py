@@ -162,13 +162,7 @@ class UniformSampler:
         if self.budget_fraction and 1 < num_sampled < self.max_frames:
             max_pixels = self.budget_fraction * self.max_frames / num_sampled * self.max_pixels
         max_pixels = min(max_pixels, self.frame_pixels or math.inf)
-        return smart_resize(
-            height,
-            width,
-            factor=self.factor,
-            min_pixels=self.min_pixels,
-            max_pixels=min(max_pixels, self.frame_pixels or math.inf),
-        )
+        return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)
@@ -205,7 +199,7 @@ class EvenCountSampler:
                 raise ValueError(f"max_pixels is {options.max_pixels}; the minimum of this model is {self.min_pixels}")
             changed = replace(changed, max_pixels=min(self.max_pixels, options.max_pixels))
         if options.frames_per_second is not None:
-            return replace(changed, frames_per_second=options.frames_per_second, min_frames=2)
+            return replace(changed, frames_per_second=options.frames_per_second, min_frames=2, num_frames=None)
         return replace(changed, num_frames=options.num_frames or self.num_frames)
 
     def count_wanted(self, seconds: float) -> int:

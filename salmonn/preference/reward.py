@@ -35,7 +35,7 @@ class RewardConfig:
         voter: kind of voter (docs/raters.md), for kind "voter".
         repetition_weight: penalty for a caption that consists of repeated clauses alone. A reward model learns Total
             alone; there repetition is counted in the text, and the weight is in standard deviations of the reward.
-        dialogue_weight: weight of the dialogue accuracy (docs/metrics.md), from 0 to 1, where references quote their
+        dialogue_weight: weight, 0 or more, of the dialogue accuracy (docs/metrics.md) where references quote their
             speech; 0 leaves it out.
         model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
             of the following.

@@ -160,6 +160,19 @@ def test_a_run_of_another_shape_is_not_resumed(clips_of, run, tmp_path):
     assert code == 2 and 'prefix null (now "A ")' in err
 
 
+def test_a_run_of_prompts_with_words_is_resumed(clips_of, run, tmp_path):
+    """What was read from the file of prompts is compared with what the job file says."""
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("short: {prompt: Briefly., include: [red], avoid: [zebra, a dog]}\nlong: At length.\n")
+    folder = clips_of()
+    assert run(folder, "--prompts", prompts, "--limit", 1)[0] == 0
+    code, captions, err = run(folder, "--prompts", prompts)
+    assert code == 0 and "1 video already done, skipped" in err and len(captions) == 2
+    prompts.write_text("short: {prompt: Briefly., include: [red], avoid: [zebra]}\nlong: At length.\n")
+    code, _, err = run(folder, "--prompts", prompts)
+    assert code == 2 and '"avoid": ["zebra", "a dog"]' in err
+
+
 def test_clips_without_sidecars_fail_and_are_retried(clips_of, run, tmp_path):
     folder = clips_of()
     (folder / "0.txt").write_text("A tug.\n")
@@ -283,12 +296,21 @@ def test_named_captions_of_segments(clips_of, run):
         (("--avoid", "red", "--include", "red car"), "'red car' is to be included and 'red' to be avoided"),
         (("--preset", "ltx2", "--segments", 2), "a dataset has one caption for each file"),
         (("--dataset", "a.xml"), "--dataset a.xml must end in .json, .jsonl, .csv"),
+        (("--dataset", "FOLDER/captions.jsonl"), "captions.jsonl would replace another file of this run"),
+        (("--dataset", "FOLDER/captions.failed.jsonl"), "captions.failed.jsonl would replace another file of this run"),
+        (("--dataset", "FOLDER/captions-1-of-2.fused.jsonl"), "fused.jsonl would replace another file of this run"),
+        (
+            ("--dataset", "FOLDER/captions.csv", "--export", "csv"),
+            "captions.csv would replace another file of this run",
+        ),
+        (("--dataset", "FOLDER/captions.job.json"), "captions.job.json would replace another file of this run"),
         (("--prompt", "{sidecar}", "--export", "txt"), "{sidecar} reads the text files that txt would write"),
         (("--prompt", "{sidecar}", "--replace-subtitles"), "{sidecar} reads the text files that --replace-subtitles"),
     ],
 )
 def test_flags_that_are_refused(call, tmp_path, videos, flags, message):
     """In one sentence, before a model is loaded, and without a file."""
+    flags = [str(flag).replace("FOLDER", str(tmp_path)) for flag in flags]
     code, _, err = call("caption", videos[0], "--out", tmp_path / "captions.jsonl", *flags)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -298,7 +320,10 @@ def test_a_dataset_that_cannot_be_placed(clips_of, run, call, tmp_path):
     folder = clips_of(1)
     (tmp_path / "list.txt").write_text(f"{folder / '0.mp4'}\n")
     code, _, err = run("--list", tmp_path / "list.txt", "--preset", "ltx2")
-    assert code == 2 and "does not follow from a list of clips; choose it with --dataset" in err
+    message = "so it is unclear where the dataset file belongs; choose a path with --dataset"
+    assert code == 2 and f"the clips come from a list, {message}" in err
+    code, _, err = run("--retry-failed", "--preset", "ltx2")
+    assert code == 2 and f"no folder is named, {message}" in err
     code, _, err = call("caption", folder, "--out", "-", "--preset", "ltx2")[0:3]
     assert code == 2 and "needs captions in a file of their own" in err
     elsewhere = tmp_path / "other" / "dataset.json"

@@ -130,6 +130,10 @@ def test_the_captioning_model_fuses(folder, call, tmp_path):
     [
         (["--fuse"], "--fuse makes one caption from those of segments; add --segments"),
         (["--fuse-model", "m"], "--fuse-model needs --fuse"),
+        (
+            ["--fuse", "--segments", "2", "--prompts", "PROMPTS"],
+            "--fuse makes one caption of each video, and --prompts",
+        ),
         (["--fuse", "text-model", "--segments", "2"], "add --fuse-model"),
         (["--fuse", "rule", "--segments", "2", "--fuse-judge", "openai"], "add --fuse-model"),
         (
@@ -140,8 +144,9 @@ def test_the_captioning_model_fuses(folder, call, tmp_path):
         (["--fuse", "model", "--segments", "2", "--engine", "ray"], "--fuse model runs in one process"),
     ],
 )
-def test_options_are_checked(folder, caption, flags, message):
-    code, err = caption(folder, *flags)
+def test_options_are_checked(folder, caption, tmp_path, flags, message):
+    (tmp_path / "prompts.yaml").write_text("short: Briefly.\n")
+    code, err = caption(folder, *(tmp_path / "prompts.yaml" if flag == "PROMPTS" else flag for flag in flags))
     assert code == 2 and message in err
 
 

@@ -14,6 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from salmonn.batch import remote
+from salmonn.batch.containers import source_path
 from salmonn.batch.discovery import Shard, VideoFile, VideoListing, stat_video
 from salmonn.batch.fetch import FetchConfig, Fetcher
 from salmonn.batch.remote import expand_braces
@@ -353,8 +354,66 @@ def test_subtitles_of_remote_videos_need_a_folder(videos, caption, tmp_path, cal
     store = fsspec.filesystem("memory")
     store.put_file(str(videos[0]), "/clips/a.mp4")
     code, err = caption("memory://clips", "--export", "srt")
-    assert code == 2 and "subtitles are not written beside remote videos (memory://clips); choose" in err
+    assert code == 2 and "subtitles are written beside local videos only, and memory://clips is remote; choose" in err
     code, err = caption("memory://clips", "--export", "srt", "--subtitle-dir", tmp_path / "subtitles")
     assert code == 0, err
     assert (tmp_path / "subtitles" / "memory" / "clips" / "a.mp4.srt").read_text().startswith("1\n00:00:00,000 -->")
     store.rm("/clips", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("clips/a.mp4", None),
+        ("https://host/a/b%20c.mp4?key=x/y.mp4", "/host/a/b c.mp4"),
+        ("s3://bucket/a/b?c.mp4", "/bucket/a/b?c.mp4"),
+        ("shards/00.tar::x/b.mp4", "shards/x/b.mp4"),
+        ("https://host/d/00.tar?key=1::b.mp4", "/host/d/b.mp4"),
+        ("data/t.parquet::17", "data/17"),
+    ],
+)
+def test_names_and_folders(path, expected):
+    assert source_path(path) == (expected and Path(expected))
+
+
+def test_fields_are_those_of_the_remote_video(videos, caption, tmp_path):
+    """Not of the scratch file; and there is no text beside the video that {sidecar} could be."""
+    store = fsspec.filesystem("memory")
+    store.put_file(str(videos[0]), "/pier/harbour.mp4")
+    (tmp_path / "c.tar").write_bytes(tar_of({"x/tug.mp4": videos[0].read_bytes()}))
+    paths = ("memory://pier/harbour.mp4", tmp_path / "c.tar")
+    code, err = caption(*paths, "--prompt", "{name} in {folder}?", "--suffix", " ({name})")
+    assert code == 0, err
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    assert [one.prompt for one in captions] == ["harbour in pier?", "tug in x?"]
+    assert [one.text.rpartition(" ")[2] for one in captions] == ["(harbour)", "(tug)"]
+    (tmp_path / "list.txt").write_text("memory://pier/harbour.mp4\n")
+    code, err = caption("--list", tmp_path / "list.txt", "--prompt", "{sidecar}", out="listed.jsonl")
+    assert code == 1 and "memory://pier/harbour.mp4: {sidecar} is a text file beside a local video; download" in err
+    store.rm("/pier", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--preset", "ltx2", "--words", "any"],
+            "dataset.json lists local files, and {path} is {kind}; download or unpack the videos",
+        ),
+        (["--export", "txt"], "subtitles are written beside local videos only, and {path} is {kind}; choose a --subti"),
+        (["--prompt", "{{sidecar}}"], "{{sidecar}} is a text file beside a local video, and {path} is {kind}; leave"),
+    ],
+)
+def test_what_lies_beside_videos_is_refused_where_nothing_can(caption, tmp_path, flags, message):
+    """Before a model is loaded, and without a file."""
+    (tmp_path / "c.tar").write_bytes(tar_of({"a.mp4": b"first"}))
+    rows = write_parquet(tmp_path / "bytes.parquet", [b"first"], pyarrow.binary())
+    archives = (tmp_path / "c.tar", f"{tmp_path}/c.tar::a.mp4", f"{tmp_path}/{{a..c}}.tar", rows)
+    before = sorted(tmp_path.iterdir())
+    for path, kind in [("memory://clips", "remote"), *((path, "an archive") for path in archives)]:
+        code, err = caption(path, *(flag.format() for flag in flags))
+        assert code == 2 and message.format(path=path, kind=kind) in err
+    assert sorted(tmp_path.iterdir()) == before
+    paths = write_parquet(tmp_path / "paths.parquet", ["a.mp4"], pyarrow.string())
+    code, err = caption(paths, "--dataset", tmp_path / "all.json", "--dry-run")  # a list of local files
+    assert code == 0, err

@@ -301,7 +301,7 @@ def test_a_clip_of_which_one_caption_fails_has_none():
         ({"refine": "Improve it."}, "refine lacks {caption}"),
         ({"template": "{trigger} {caption}"}, "the template uses {trigger}, but no trigger is given"),
         ({"template": "{caption}", "trigger": "x"}, "the trigger 'x' is used nowhere"),
-        ({"include": ("",)}, "include has '', which is no word"),
+        ({"include": ("",)}, "include has '', which contains no word"),
         ({"include": ("a red car",), "avoid": ("Red",)}, "'a red car' is to be included and 'Red' to be avoided"),
         ({"include": ("a b c", "d"), "words": WordRange(1, 3)}, "the words to include are 4, and the caption may"),
         ({"language": "xx"}, "language 'xx' is not a known code; use one of ar, bn"),

@@ -196,6 +196,12 @@ def test_even_counts_follow_a_request(options, expected):
     assert np.rint(times * 8).astype(int).tolist() == expected
 
 
+def test_a_requested_rate_overrides_a_configured_count():
+    sampler = EvenCountSampler(num_frames=3)
+    assert len(sampler.with_options(FrameOptions()).sample_times(0.0, 5.0, 40)) == 3
+    assert len(sampler.with_options(FrameOptions(frames_per_second=2.0)).sample_times(0.0, 5.0, 40)) == 10
+
+
 def test_even_counts_of_a_single_frame():
     assert EvenCountSampler().sample_times(0.0, 0.04, 1).tolist() == [0.0]
 
