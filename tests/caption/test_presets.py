@@ -38,7 +38,10 @@ def test_a_preset_of_ones_own(tmp_path):
     [
         ("wrds: 5-9", "unknown field wrds in Preset"),
         ("words: 80", "Preset.words must be a valid string, got 80"),
-        ("export: [doc]", "Preset.export[0] must be 'csv', 'parquet', 'txt', 'srt' or 'vtt', got 'doc'"),
+        (
+            "export: [doc]",
+            "Preset.export[0] must be 'csv', 'parquet', 'datasets', 'webdataset', 'txt', 'srt' or 'vtt', got 'doc'",
+        ),
         ("- a", "must contain names with values"),
         ("", "must contain names with values"),
         ("a: [", "is not valid YAML"),
