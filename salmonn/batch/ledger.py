@@ -20,7 +20,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from salmonn.batch.ledger_files import (
     append_records,
     cannot_write,
     hash_key,
+    locked,
     move_to_backup,
     read_complete,
     repair,
@@ -235,7 +236,17 @@ class Ledger:
 
     def _read(self, path: Path, keys: bytearray) -> None:
         """Add the keys of a captions file; cut off what is unfinished at the end of this process's own."""
+        if path != self.files.captions:
+            self._read_groups(GroupReader(path), keys)
+            return
         reader = GroupReader(path)
+        with nullcontext() if self._read_only else locked(path):  # an edit may be appended at any time
+            self._read_groups(reader, keys)
+            if not self._read_only:
+                self.num_cut_bytes = repair(path, reader.end)
+        self._num_lines = reader.num_lines
+
+    def _read_groups(self, reader: GroupReader, keys: bytearray) -> None:
         for group in reader:
             for values in group:
                 start = float(values.get("start_seconds") or 0.0)
@@ -247,10 +258,6 @@ class Ledger:
             if is_partial or self._partial:
                 version = hash_key(group[0]["video"], *map(group[0].get, VERSION_FIELDS))
                 (self._partial.add if is_partial else self._partial.discard)(version)
-        if path == self.files.captions:
-            self._num_lines = reader.num_lines
-            if not self._read_only:
-                self.num_cut_bytes = repair(path, reader.end)
 
     def _lock(self) -> None:
         path = self.files.lock

@@ -6,12 +6,13 @@ recognized from the lines themselves, whatever an editor does to the white space
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -366,12 +367,50 @@ def repair_last_line(path: Path) -> None:
         repair(path, end)
 
 
-def append_records(path: Path, records: Sequence[Any]) -> None:
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep others from appending to a captions file, which is created if it does not exist; for short times only.
+
+    A run holds `LedgerFiles.lock` until it ends. This lock is held for each append, so that people can edit captions
+    while a run is writing. Where the file system has no locks, there is no protection.
+
+    Raises:
+        LedgerError: the file cannot be opened.
+    """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise LedgerError(cannot_write(path, error)) from error
+        try:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            is_same = False
+            with suppress(FileNotFoundError):  # a full file may have been renamed between opening and locking it
+                is_same = os.path.samestat(os.fstat(handle), path.stat())
+            if is_same:
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def append_records(path: Path, records: Sequence[Any], *, is_locked: bool = False) -> None:
     """Append the records of one video to a JSONL file and flush it to the disk; on an error, append none of them.
+
+    Args:
+        path: the file.
+        records: records of a video, or of several.
+        is_locked: whether the caller holds the lock of the file (`locked`).
 
     Raises:
         LedgerError: the disk does not take them.
     """
+    with nullcontext() if is_locked else locked(path):
+        _append(path, records)
+
+
+def _append(path: Path, records: Sequence[Any]) -> None:
     lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n" for record in records)
     rest = memoryview("".join(lines).encode())
     try:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -85,15 +86,22 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
 
 def to_row(caption: Caption, *, is_repeated: bool = False) -> ReviewRow:
     """Return a caption as a row; `is_repeated` says that another clip has the same text."""
+    num_words, is_repetitive = _measure(caption.text)
     found: dict[Issue, bool] = {
         "unfinished": not caption.finished,
         "incomplete": not caption.complete,
         "warnings": bool(caption.warnings),
-        "repetitive": count_repeated_words(caption.text)[0] > 0,
+        "repetitive": is_repetitive,
         "same text": is_repeated and bool(caption.text.strip()),
         "empty": not caption.text.strip(),
     }
-    return ReviewRow(caption, count_words(caption.text), tuple(issue for issue in ISSUES if found.get(issue)))
+    return ReviewRow(caption, num_words, tuple(issue for issue in ISSUES if found.get(issue)))
+
+
+@lru_cache(maxsize=1 << 16)  # the web UI reads a file again whenever it has changed
+def _measure(text: str) -> tuple[int, bool]:
+    """Return the number of words, and whether some are repeated."""
+    return count_words(text), count_repeated_words(text)[0] > 0
 
 
 def _outstanding(paths: Sequence[Path], captions: Sequence[Caption]) -> Iterator[Failure]:

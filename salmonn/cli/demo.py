@@ -17,9 +17,11 @@ from salmonn.config import FlagParser
 from salmonn.score.config import JudgeConfig
 
 if TYPE_CHECKING:
+    from salmonn.batch.edits import EditableCaptions
     from salmonn.caption.engine import Engine
     from salmonn.caption.loader import ClipReader
     from salmonn.preference.mixture import RaterGroup
+    from salmonn.webui.dataset import Dataset
     from salmonn.webui.scorer import CaptionScorer
     from salmonn.webui.session import AppState
 
@@ -33,7 +35,8 @@ def demo_parser() -> FlagParser:
     """Return the arguments of `salmonn demo`."""
     parser = FlagParser(
         description="Serve a web UI: caption a video, score and rate the caption, compare two captions blind and vote, "
-        "describe a clip with a draft, inspect a training run. It works offline. Uploads are deleted after use."
+        "describe a clip with a draft, review a captions file, inspect a training run. It works offline. Uploads are "
+        "deleted after use."
     )
     parser.add_argument("--other_model", type=str | None, default=None, help="second model, to compare with --model")
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
@@ -43,6 +46,15 @@ def demo_parser() -> FlagParser:
     parser.add_argument(
         "--references", type=Path | None, default=None, help="references, matched to uploads by file name"
     )
+    group = parser.add_argument_group("Review of captions")
+    group.add_argument(
+        "--dataset",
+        type=Path | None,
+        default=None,
+        help="captions file to look through and edit; visitors can change it",
+    )
+    group.add_argument("--dataset_root", type=Path, default=Path(), help="folder that its videos' paths start from")
+    group.add_argument("--rewards", type=Path | None, default=None, help="rewards of its captions, by `salmonn reward`")
     parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for people's feedback")
     add_server_options(parser, port=7860, read_seconds=120.0)
     group = parser.add_argument_group("Access and limits")
@@ -67,7 +79,7 @@ def run_demo(values: Namespace) -> int:
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
     groups = _read_groups(values.raters) if values.raters else []
-    scorer = _open_scorer(values)
+    scorer, captions, rewards = _open_scorer(values), _open_captions(values), _read_rewards(values)
     from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import WorkerLimits
     from salmonn.preference.feedback import FeedbackStore
@@ -84,8 +96,13 @@ def run_demo(values: Namespace) -> int:
             examples=make_example_clips(folder / "examples"),
             uploads=UploadStore(folder / "uploads", max_bytes=MAX_LARGE_UPLOADS * (values.max_upload_mib << 20)),
         )
+        dataset = None
+        if captions:
+            from salmonn.webui.dataset import Dataset
+
+            dataset = Dataset(captions, feedback, reader, values.dataset_root, rewards)
         try:
-            _serve(values, state, accounts, groups)
+            _serve(values, state, accounts, groups, dataset)
         finally:
             state.close()
     return 0
@@ -101,8 +118,27 @@ def _read_groups(folder: Path) -> list["RaterGroup"]:
     return group_raters(prototypes, read_records(folder / RATERS_NAME, Rater)) if prototypes else []
 
 
+def _open_captions(values: Namespace) -> "EditableCaptions | None":
+    from salmonn.batch.edits import EditableCaptions
+
+    if values.rewards and not values.dataset:
+        raise ValueError("--rewards are those of the captions of --dataset; give both")
+    return EditableCaptions(values.dataset) if values.dataset else None
+
+
+def _read_rewards(values: Namespace) -> dict[tuple[str, int], float]:
+    from salmonn.preference.rating import Rating, rewards_by_sample
+    from salmonn.records import read_records
+
+    return rewards_by_sample(read_records(values.rewards, Rating)) if values.rewards else {}
+
+
 def _serve(
-    values: Namespace, state: "AppState", accounts: list[tuple[str, str]], groups: Sequence["RaterGroup"]
+    values: Namespace,
+    state: "AppState",
+    accounts: list[tuple[str, str]],
+    groups: Sequence["RaterGroup"],
+    dataset: "Dataset | None",
 ) -> None:
     # Gradio reads its upload folder only from here. It is deleted together with this process.
     os.environ["GRADIO_TEMP_DIR"] = str(state.uploads.root)
@@ -110,6 +146,7 @@ def _serve(
     from starlette.middleware import Middleware
 
     from salmonn.webui.app import build_app, disable_remote_fetch, launch_options, set_link_preview
+    from salmonn.webui.dataset import DatasetVideos
     from salmonn.webui.uploads import UploadLimitMiddleware
 
     disable_remote_fetch()
@@ -119,16 +156,16 @@ def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     gr.set_static_paths([state.examples[0].path.parent])
-    page = build_app(state, run=values.run, groups=groups, notes=[] if values.model else [TOY_NOTE])
+    page = build_app(state, run=values.run, groups=groups, dataset=dataset, notes=[] if values.model else [TOY_NOTE])
+    middleware = [Middleware(UploadLimitMiddleware, uploads=state.uploads, max_upload_bytes=max_bytes)]
+    middleware += [Middleware(DatasetVideos, dataset=dataset)] if dataset else []
     page.queue(max_size=4 * values.max_waiting, default_concurrency_limit=None)
     _, address, _ = page.launch(
         server_name=values.host,
         server_port=values.port or _free_port(values.host),
         auth=accounts or None,
         max_file_size=max_bytes,
-        app_kwargs={
-            "middleware": [Middleware(UploadLimitMiddleware, uploads=state.uploads, max_upload_bytes=max_bytes)]
-        },
+        app_kwargs={"middleware": middleware},
         max_threads=2 * values.max_waiting,
         prevent_thread_lock=True,
         quiet=True,

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Action = Literal["shown", "vote", "good", "bad", "copy", "accept", "edit", "finish"]
 Choice = Literal["first", "second", "tie", "both bad"]
-Tab = Literal["caption", "compare", "write"]
+Tab = Literal["caption", "compare", "write", "dataset"]
 FEEDBACK_NAME = "feedback.jsonl"
 COUNTED_ONLY = ("shown", "copy")  # actions that are not trained on
 OLD_NAMES = ("log.jsonl", "pairs.jsonl", "votes.jsonl")

@@ -40,6 +40,20 @@ class Rating:
         return self.weights[name] * self.parts[name]
 
 
+def rewards_by_sample(ratings: Sequence[Rating]) -> dict[tuple[str, int], float]:
+    """Return the reward of each (video, sample).
+
+    Raises:
+        ValueError: two ratings are of the same sample, as of the segments of a video.
+    """
+    rewards: dict[tuple[str, int], float] = {}
+    for one in ratings:
+        if (one.video, one.sample) in rewards:
+            raise ValueError(f"there are two rewards of {one.video}: rewards of segments cannot be told apart")
+        rewards[one.video, one.sample] = one.value
+    return rewards
+
+
 class Reward(Protocol):
     """Rates captions."""
 

@@ -22,6 +22,8 @@ from salmonn.train.run_log import read_run
 from salmonn.webui.caption_tab import HISTORY, CaptionTab
 from salmonn.webui.compare_tab import CompareTab
 from salmonn.webui.controls import QUIET
+from salmonn.webui.dataset import Dataset
+from salmonn.webui.dataset_tab import NO_DATASET, DatasetTab
 from salmonn.webui.rendering import render_error, render_placeholder, render_results, render_run
 from salmonn.webui.session import AppState, error_message
 from salmonn.webui.uploads import BlockedTransport
@@ -41,7 +43,12 @@ _plot_lock = threading.Lock()  # matplotlib's settings are global
 
 
 def build_app(
-    state: AppState, *, run: Path | None = None, groups: Sequence[RaterGroup] = (), notes: Sequence[str] = ()
+    state: AppState,
+    *,
+    run: Path | None = None,
+    groups: Sequence[RaterGroup] = (),
+    dataset: Dataset | None = None,
+    notes: Sequence[str] = (),
 ) -> gr.Blocks:
     """Build the web UI.
 
@@ -49,6 +56,7 @@ def build_app(
         state: the shared state.
         run: output folder of a training run to show.
         groups: groups of raters to show with the results.
+        dataset: a captions file to review.
         notes: sentences below the title, for example on the limits of a model.
     """
     # The store of uploads deletes files once they are unused; this deletes those of sessions without an unload event.
@@ -62,6 +70,11 @@ def build_app(
                 compare_tab = CompareTab(state)
             with gr.Tab("Write", id="write", elem_id="tab-write"):
                 write_tab = WriteTab(state)
+            with gr.Tab("Dataset", id="dataset", elem_id="tab-dataset") as dataset_tab:
+                if dataset is None:
+                    gr.HTML(NO_DATASET)
+                else:
+                    DatasetTab(dataset, dataset_tab)
             with gr.Tab("Results", id="results") as results:
                 load = partial(load_results, state.feedback, groups=groups)
                 _add_refreshed(results, load, name="results", initial=NO_VOTES)
@@ -118,7 +131,8 @@ def _add_refreshed(tab: gr.Tab, load: Callable[[], str], *, name: str, initial: 
 def launch_options() -> dict[str, Any]:
     """Return the options of `launch` that define the looks."""
     style, *scripts = (
-        (HERE / name).read_text(encoding="utf-8") for name in ("app.css", "app.js", "recorder.js", "history.js")
+        (HERE / name).read_text(encoding="utf-8")
+        for name in ("app.css", "app.js", "recorder.js", "history.js", "dataset.js")
     )
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="stone", radius_size=gr.themes.sizes.radius_lg, font=SANS, font_mono=MONO

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.records import write_json, write_text
+from salmonn.preference.rating import Rating
+from salmonn.records import Caption, Failure, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
+from salmonn.train.data import ClipSet
 from salmonn.webui.session import EXAMPLES, ExampleClip, make_example_clips
 from tests.launch import forked
 from tests.limits import STEP_SECONDS
@@ -73,10 +75,32 @@ def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMON
     return Demo(process, address, folder / "votes", run, folder / "tmp", proxy)
 
 
+def write_dataset(folder: Path, clips: ClipSet) -> Path:
+    """Write captions of the five clips, 30 of them, with rewards and a failure; return the captions file."""
+    videos = [one.video for one in clips.references]
+    captions = [Caption(videos[number % 5], f"A red circle, number {number}.", sample=number) for number in range(30)]
+    captions[1] = replace(captions[1], text="A dog barks & <b>howls</b>.", finished=False)
+    captions[2] = replace(captions[2], text="A long one: " + "and a bell rings then " * 9, warnings=("lost 0.1 s",))
+    captions[3] = replace(captions[3], text="Rain.")
+    captions[4] = replace(captions[4], video="../gone.mp4")
+    write_records(folder / "captions.jsonl", captions)
+    write_records(folder / "captions.failed.jsonl", [Failure("broken.mp4", "broken.mp4: is damaged")])
+    ratings = [Rating(one.video, {"reward": float(one.sample)}, {"reward": 1.0}, one.sample) for one in captions]
+    write_records(folder / "rewards.jsonl", ratings)
+    return folder / "captions.jsonl"
+
+
 @pytest.fixture(scope="package")
-def demo(tmp_path_factory, random_model) -> Iterator[Demo]:
-    """A web UI with the toy model and a random one that never ends an answer; at the end it deletes all its files."""
-    demo = start_demo(tmp_path_factory.mktemp("demo"), "--other_model", random_model)
+def demo(tmp_path_factory, random_model, clips) -> Iterator[Demo]:
+    """A web UI with the toy model and a random one that never ends an answer; at the end it deletes all its files.
+
+    Its captions file is the one of `write_dataset`, beside its feedback.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "set").mkdir()
+    dataset = write_dataset(folder / "set", clips)
+    flags = ("--dataset", dataset, "--dataset-root", clips.root, "--rewards", dataset.with_name("rewards.jsonl"))
+    demo = start_demo(folder, "--other_model", random_model, *flags)
     yield demo
     demo.process.send_signal(signal.SIGTERM)
     assert demo.process.wait(STEP_SECONDS) == 0
