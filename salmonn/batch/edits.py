@@ -17,6 +17,7 @@ from pathlib import Path
 
 from salmonn.batch.ledger_files import (
     FAILED_SUFFIX,
+    VERSION_FIELDS,
     GroupReader,
     LedgerFiles,
     append_records,
@@ -147,22 +148,26 @@ class EditableCaptions:
         """Read the files again if they have changed."""
         while True:
             try:
-                paths = [*self._captions_files(), *self.files.find(FAILED_SUFFIX)]
-                status = [path.stat() for path in paths]
-                signature = tuple(
-                    (p, one.st_ino, one.st_size, one.st_mtime_ns) for p, one in zip(paths, status, strict=True)
-                )
+                signature = self._sign()
                 if signature == self._signature:
                     return
                 rows = read_rows(self._captions_files())
-                break
-            except FileNotFoundError:  # it was full, and has just been renamed
+                # A file that a run has found full, and renamed meanwhile, may have been read twice or not at all.
+                if [one[:2] for one in self._sign()] == [one[:2] for one in signature]:
+                    break
+            except FileNotFoundError:  # renamed
                 continue
         for row in rows:
             self._numbers.setdefault(_key(row.record), len(self._numbers))
         numbered = ((self._numbers[_key(row.record)], row) for row in rows)
         self._rows = dict(sorted(numbered, key=lambda one: one[0]))
         self._signature = signature
+
+    def _sign(self) -> _Signature:
+        """Return path, inode, size and time of each file; raises FileNotFoundError."""
+        paths = sorted([*self._captions_files(), *self.files.find(FAILED_SUFFIX)])
+        status = [path.stat() for path in paths]
+        return tuple((path, one.st_ino, one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True))
 
 
 def _with_text(caption: Caption, text: str) -> Caption:
@@ -179,8 +184,8 @@ def _key(record: Caption | Failure) -> tuple[object, ...]:
 def _group(caption: Caption) -> tuple[object, ...]:
     """Return what the segments of a video that were written together have in common."""
     own = (caption.start_seconds, caption.end_seconds) if caption.num_segments == 1 else ()
-    version = (caption.size_bytes, caption.modified_ns, caption.num_segments, caption.num_failed_segments)
-    return caption.video, caption.sample, *version, own
+    version = (getattr(caption, name) for name in VERSION_FIELDS)
+    return caption.video, caption.sample, *version, caption.num_segments, caption.num_failed_segments, own
 
 
 def _unnumbered(path: Path) -> Path:

@@ -67,11 +67,12 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
         paths: captions files of one or more runs; other files of a run among them are skipped.
 
     Raises:
-        ValueError: a file does not exist, holds no captions, or has an invalid line.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file holds no captions, or has an invalid line.
     """
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{path}: there is no such file; name JSONL files from `salmonn caption`")
+            raise FileNotFoundError(f"{path}: there is no such file; name JSONL files from `salmonn caption`")
     named = captions_among(paths)
     captions = list(LatestCaptions(in_order(named)))
     failures = list(_outstanding(named, captions))

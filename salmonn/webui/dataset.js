@@ -26,13 +26,18 @@ window.salmonn.dataset = {
     });
     const text = card.querySelector(".text");
     const actions = card.querySelector(".row-actions");
-    const button = (act, label) => Object.assign(document.createElement("button"), { type: "button", textContent: label, className: act === "save" ? "save" : "" });
     const [save, cancel] = [["save", "Save"], ["cancel", "Cancel"]].map(([act, label]) => {
-      const made = button(act, label);
-      made.dataset.act = act;
-      return made;
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: label, className: act });
+      button.dataset.act = act;
+      return button;
     });
     this.drafts[row] ??= card.dataset.text;
+    const before = [...actions.childNodes];
+    // The server would send the same card again, which changes nothing on the page.
+    card.close = () => {
+      area.replaceWith(text);
+      actions.replaceChildren(...before);
+    };
     text.replaceWith(area);
     actions.replaceChildren(save, cancel);
     this.grow(area);
@@ -61,7 +66,7 @@ window.salmonn.dataset = {
     if (act === "save") this.send({ act, row: Number(row), before: text, text: card.querySelector("textarea").value });
     if (act === "cancel") {
       this.saved(row);
-      this.send({ act: "show" });
+      card.close();
     }
     if (act === "play") {
       const video = document.createElement("video");

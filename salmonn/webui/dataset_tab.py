@@ -1,6 +1,7 @@
 """The tab Dataset: a captions file as a grid to search, filter, edit and accept, with find and replace."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -170,7 +171,7 @@ class DatasetTab:
             self.dataset.accept(int(command["row"]), str(command["before"]), rater=rater, keep_videos=keep)
             return _say("Accepted.")
         if act != "save":
-            return ""
+            raise ValueError("the page sent no valid command")
         text = check_text(str(command["text"]), name="the caption").strip()
         if not text:
             raise ValueError("the caption is empty: write what is seen and heard")
@@ -263,7 +264,8 @@ class DatasetTab:
         page = min(max(int(values[self.page]), 0), last)
         shown = rows[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
         place = f"{page * PAGE_SIZE + 1}\N{EN DASH}{page * PAGE_SIZE + len(shown)} of " if shown else ""
-        mark = "" if saved is None else f'<i hidden data-saved="{int(saved)}"></i>'
+        # The time makes each different: a page that is the same as before would not be updated.
+        mark = "" if saved is None else f'<i hidden data-saved="{int(saved)}" data-time="{time.monotonic_ns()}"></i>'
         update = {
             self.status: f'{message}<p class="counts" role="status">{place}{_count(len(rows), "row")}</p>',
             self.page: page,
