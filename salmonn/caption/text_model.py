@@ -40,15 +40,12 @@ class TextModel:
             messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": request.prompt or ""})
         try:
-            response = self._client.complete(messages, schema={}, seed=request.seed % _MAX_SEED)
+            response = self._client.complete(messages, schema={}, seed=request.seed % _MAX_SEED, only_text=True)
         except LLMRejectedError as error:
             return f"{self._client.name}: {error}"
-        text = response.text.strip()
-        if not text:
-            return f"{self._client.name} replied with an empty text; try another model"
         return Caption(
             str(request.path),
-            text,
+            response.text.strip(),
             prompt=request.prompt or "",
             model=self._client.name,
             finished=not response.is_truncated,

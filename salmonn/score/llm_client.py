@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from salmonn.score.chat_client import ChatClient, LLMStoppedError, SpendCapError
+from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.config import LLMConfig
-from salmonn.score.llm_protocol import ChatMessage, ChatRequest, LLMResponse
+from salmonn.score.llm_protocol import ChatMessage, ChatRequest, Choice, LLMResponse
 from salmonn.score.response_cache import ResponseCache
 
 logger = logging.getLogger(__name__)
@@ -32,16 +32,20 @@ class LLMClient(ChatClient):
         super().__init__(config, saved=f"Replies so far are saved in {config.cache}")
         self._cache = ResponseCache(config.cache.expanduser())
 
-    def complete(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
+    def complete(
+        self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int, only_text: bool = False
+    ) -> LLMResponse:
         """Return the reply to a conversation, from the cache if possible.
 
         Args:
             messages: messages as `{"role", "content"}`.
             schema: JSON schema of the reply, for servers with structured outputs.
             seed: sampling seed, to which the configured one is added; another seed makes another request.
+            only_text: accept only a text, not what a reply may have in its place, such as a refusal or reasoning.
 
         Raises:
-            LLMRejectedError: the server rejects this request (for example because it is too long).
+            LLMRejectedError: the server rejects this request (for example because it is too long), or its reply, which
+                is not kept, has no text where `only_text` asks for one.
             LLMStoppedError: no further request is possible.
         """
         seed += self.config.seed or 0
@@ -51,7 +55,10 @@ class LLMClient(ChatClient):
         key = hashlib.sha256(text.encode()).hexdigest()
         response = self._cache.get(key)
         if response is None:
-            response = self.send(self._to_request(messages, schema=schema, seed=seed)).first_reply()
+            reply = self.send(self._to_request(messages, schema=schema, seed=seed))
+            if only_text and not reply.choices[0].text.strip():
+                raise LLMRejectedError(_describe_missing_text(reply.choices[0]))
+            response = reply.first_reply()
             self._cache.put(key, response, model=self.name, request=request)
         return response
 
@@ -109,6 +116,14 @@ class LLMClient(ChatClient):
             temperature=config.temperature,
             token_limit=config.reply_token_limit,
         )
+
+
+def _describe_missing_text(choice: Choice) -> str:
+    """Return why a reply without text cannot be used."""
+    found = f"{choice.instead_kind}: {choice.instead[:200]!r}" if choice.instead else ""
+    limit = "token limit reached" if choice.finish_reason == "length" else ""
+    details = ", ".join(filter(None, (limit, found)))
+    return f"the reply has no text{f' ({details})' if details else ''}; try another model"
 
 
 def _get_interruptibly(queue: SimpleQueue[Item]) -> Item:

@@ -1,5 +1,7 @@
 """The shape of captions, with answers that a script gives: asking again, cutting, templates, words, stages, names."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,13 +238,44 @@ def test_a_text_model_that_refuses_a_text_or_is_gone(serve, monkeypatch, tmp_pat
     requests = [CaptionRequest(Path(f"{name}.mp4"), "?") for name in "abc"]
     results = generate_shaped(Script("Bad", "Fine", "Mute"), requests, Shape({"caption": shape}, text_model=config))
     assert [isinstance(result, Failure) for result in results] == [True, False, True]
-    assert "the server rejects the request: " in results[0].reason and "replied with an empty text" in results[2].reason
+    assert "the server rejects the request: " in results[0].reason and "the reply has no text" in results[2].reason
     assert results[1].text == "Good."
     server.close()
     gone = text_model_config(url="http://127.0.0.1:9/v1", model="m")
     monkeypatch.setattr("salmonn.score.chat_client._FIRST_CONTACT_SECONDS", 0.0)
     with pytest.raises(ValueError, match=r"m at http://127.0.0.1:9/v1 is unavailable.*is the server running"):
         generate_shaped(Script("Fine"), requests[:1], Shape({"caption": shape}, text_model=gone))
+
+
+@pytest.mark.parametrize(
+    ("message", "finish_reason", "reason"),
+    [
+        (
+            {"content": None, "refusal": "I can't help."},
+            "stop",
+            r"m at http.*the reply has no text \(refusal: .\(refusal\) I can't help",
+        ),
+        ({"content": None}, "content_filter", r"no text \(content filter: .\(the server"),
+        (
+            {"content": None, "reasoning": "The user"},
+            "length",
+            r"no text \(token limit reached, reasoning: 'The user'\)",
+        ),
+    ],
+)
+def test_a_reply_without_text_is_no_caption(serve, monkeypatch, tmp_path, message, finish_reason, reason):
+    """The clip fails; the reply is not kept, so that a retry may succeed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = {"choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish_reason}]}
+    answers = (Answer(body=json.dumps(refused).encode()), Answer("Good."))
+    server = serve(lambda request, number: answers[number])
+    shape = Shape(
+        {"caption": CaptionShape(refine="{caption}", by_text_model=True)},
+        text_model=text_model_config(url=server.url, model="m"),
+    )
+    failed, good = (generate_shaped(Script("Draft."), [CaptionRequest(Path("a.mp4"), "?")], shape)[0] for _ in range(2))
+    assert isinstance(failed, Failure) and re.search(reason, failed.reason)
+    assert good.text == "Good." and len(server.requests) == 2
 
 
 def test_named_captions():
