@@ -394,7 +394,12 @@ class Captioner:
         return features
 
     def default_prompt(self, modality: Modality = "both") -> str:
-        """Return the prompt that the model was trained to answer with a caption."""
+        """Return the prompt that the model was trained to answer with a caption.
+
+        Raises:
+            ValueError: the modality is audio, and the model does not hear.
+        """
+        self.processor.check_modality(modality)
         return self.processor.config.default_prompt(modality)
 
     def default_sampling(self) -> Sampling:
@@ -402,7 +407,7 @@ class Captioner:
         return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
 
     def resolve_prompt(self, request: CaptionRequest) -> Prompt:
-        """Return the conversation of a request, with the default prompt in place of empty ones."""
+        """Return the conversation of a request, with the default prompt in place of empty ones; raises as that."""
         default = self.default_prompt(request.modality)
         history = [(prompt or default, answer) for prompt, answer in request.history]
         return Prompt(request.with_context(request.prompt or default), history, request.system, request.clip_turn)

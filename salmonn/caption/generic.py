@@ -82,8 +82,7 @@ class GenericProcessor(Processor):
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
     ) -> ReadSpec:
         """See `Processor`: of "both", what the model perceives."""
-        if modality == "audio" and not self.hears:
-            raise ValueError(f"modality audio: {self.name} hears nothing; use --modality visual")
+        self.check_modality(modality)
         return ReadSpec(
             _SAMPLER if self.takes_video else _IMAGES,
             start_seconds,
@@ -92,6 +91,11 @@ class GenericProcessor(Processor):
             audio=modality != "visual" and self.hears,
             reader=self.reader,
         )
+
+    def check_modality(self, modality: Modality) -> None:
+        """See `Processor`."""
+        if modality == "audio" and not self.hears:
+            raise ValueError(f"modality audio: {self.name} hears nothing; use --modality visual")
 
     def clip_inputs(self, clip: Clip) -> ClipInputs:
         """Keep a clip for the model's own processor, which converts it together with the prompt."""

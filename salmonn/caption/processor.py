@@ -169,8 +169,7 @@ class Processor:
         Raises:
             ValueError: the modality is audio, and the model does not hear.
         """
-        if modality == "audio" and not self.family.hears:
-            raise ValueError(f"modality audio: a {self.config.family} model hears nothing; use --modality visual")
+        self.check_modality(modality)
         return ReadSpec(
             self.family.frame_sampler,
             start_seconds,
@@ -179,6 +178,11 @@ class Processor:
             audio=modality != "visual" and self.family.hears,
             reader=self.reader,
         )
+
+    def check_modality(self, modality: Modality) -> None:
+        """Raise a ValueError if the modality is audio, and the model does not hear."""
+        if modality == "audio" and not self.family.hears:
+            raise ValueError(f"modality audio: a {self.config.family} model hears nothing; use --modality visual")
 
     def check_prompt(self, prompt: str | Prompt) -> None:
         """Raise a ValueError if a prompt is too long or contains forbidden characters or tokens."""

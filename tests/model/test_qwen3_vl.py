@@ -5,6 +5,7 @@ Which frames are sampled, and their sizes, is compared in tests/media/test_frame
 """
 
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,10 @@ from peft import PeftModel
 from transformers import Qwen3VLForConditionalGeneration
 
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.engine import Engine
 from salmonn.caption.generate import generate
 from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import train_tokenizer
 from salmonn.conversations import Turn
@@ -184,12 +187,21 @@ def test_rows_that_share_a_prefix_equal_plain_rows(captioner, clips_of_sizes):
     assert is_text.any() and not features[0].tokens[is_text, 64:].any()
 
 
-def test_the_model_hears_nothing(captioner, videos):
+def test_the_model_hears_nothing(captioner, folder, call, videos, tmp_path):
     """Of a file with sound, it reads the video, and the caption says so; sound alone is refused."""
     caption = captioner.caption(videos[0], sampling=Sampling(max_new_tokens=2))
     assert caption.modality == "visual" and caption.prompt == captioner.default_prompt("visual")
     with pytest.raises(ValueError, match="a qwen3-vl model hears nothing; use --modality visual"):
         captioner.caption(videos[0], modality="audio")
+    sound = CaptionRequest(videos[0], "What?", modality="audio")
+    with pytest.raises(ValueError, match="a qwen3-vl model hears nothing; use --modality visual"):
+        list(captioner.caption_many([sound]))
+    with ClipReader(workers=1) as reader, closing(Engine(captioner, reader)) as engine:
+        with pytest.raises(ValueError, match="a qwen3-vl model hears nothing"):
+            engine.submit(sound, on_event=lambda *event: None)
+    args = ("caption", videos[0], "--out", tmp_path / "c.jsonl", "--model", folder, "--modality", "audio")
+    code, _, err = call(*args, "--workers", 0)
+    assert code == 2 and "\nerror: modality audio: a qwen3-vl model hears nothing; use --modality visual\n" in err
     with pytest.raises(ClipError, match="needs video and audio, but a qwen3-vl model hears nothing"):
         ClipCache(captioner.processor)(ClipSource(videos[0], needs_both=True))
 
