@@ -6,6 +6,7 @@ time, without shared prefixes. Such a model cannot be trained.
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -28,7 +29,7 @@ from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import BudgetSampler
 from salmonn.model.config import SalmonnConfig
-from salmonn.model.layout import ClipInfo, ClipInputs
+from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs
 from salmonn.model.loading import Placement, read_model_type
 from salmonn.records import Caption, Modality
 
@@ -38,6 +39,10 @@ MAX_NEW_TOKENS = 1024
 # hundreds of tokens.
 _SAMPLER = BudgetSampler(min_pixels=1, max_pixels=64 * 786_432, max_frames=64, factor=2)
 _IMAGES = BudgetSampler(frames_per_second=1.0, min_pixels=1, max_pixels=16 * 786_432, max_frames=16, factor=2)
+
+
+class ModelCodeError(ValueError):
+    """The code of a model failed on a clip."""
 
 
 @dataclass(frozen=True)
@@ -171,21 +176,47 @@ class GenericCaptioner(Captioner):
         """Answer requests one by one."""
         return [self._generate_one(request, clip) for request, clip in zip(requests, clips, strict=True)]
 
+    def _generate_or_error(
+        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs | ClipFeatures]
+    ) -> list[Caption | str]:
+        """Return captions or error messages; a clip on which the model's code fails does not affect the others."""
+        results: list[Caption | str] = []
+        for request, clip in zip(requests, clips, strict=True):
+            try:
+                results += super()._generate_or_error([request], [clip])
+            except ModelCodeError as error:
+                results.append(str(error))
+        return results
+
     def _generate_one(self, request: CaptionRequest, clip: GenericClip) -> list[Caption]:
         sampling = request.sampling or self.default_sampling()
         model = cast(Any, self.network)
-        inputs = self.processor.model_inputs(clip.clip, self.resolve_prompt(request)).to(model.device, model.dtype)
+        prompt, options = self.resolve_prompt(request), _to_options(sampling, self.processor.tokenizer)
+        with self._model_code():
+            inputs = self.processor.model_inputs(clip.clip, prompt).to(model.device, model.dtype)
         captions = []
         for sample in range(request.num_samples):
             # Transformers samples with the global generators.
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.random.fork_rng(), torch.no_grad(), self._model_code():
                 torch.manual_seed(hash((request.seed, sample)) % (1 << 63))
-                output = model.generate(**inputs, **_to_options(sampling, self.processor.tokenizer))
+                output = model.generate(**inputs, **options)
             tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
             sampled = _sampled_tokens(tokens, output.logits, sampling)
             completion = to_completion(self.processor, sampled, clip.info, sampling=sampling)
             captions.append(self.to_caption(request, completion, sample=sample))
         return captions
+
+
+    @contextmanager
+    def _model_code(self) -> Iterator[None]:
+        """Turn errors of the model's code into a ModelCodeError, except those after which the GPU fails for all."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # noqa: BLE001 - of any code
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ModelCodeError(f"the code of {self.name} in transformers fails on this clip ({reason})") from error
 
 
 def _to_options(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:

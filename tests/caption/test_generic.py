@@ -136,6 +136,41 @@ def test_a_batch_job_reads_files_with_our_reader(qwen, videos, tmp_path):
         generic.caption(videos[0], sampling=Sampling(json_schema={"type": "object"}))
 
 
+class Failing:
+    """Raises an error in the second call."""
+
+    def __init__(self, call, error) -> None:
+        self.call, self.error, self.num_calls = call, error, 0
+
+    def __call__(self, *args, **values):
+        self.num_calls += 1
+        if self.num_calls == 2:
+            raise self.error
+        return self.call(*args, **values)
+
+
+@pytest.mark.parametrize("part", ["processor", "model"])
+def test_a_clip_on_which_the_models_code_fails_does_not_stop_a_job(qwen, videos, monkeypatch, part):
+    """Only what makes the GPU fail for every clip ends it."""
+    generic, _ = qwen
+    requests = [CaptionRequest(path, "Tell.", GREEDY) for path in videos[:3]]
+    expected = list(generic.caption_many(requests))
+
+    def run(error):
+        processor = generic.processor.of_transformers
+        owner, name = (processor, "apply_chat_template") if part == "processor" else (generic.network, "generate")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, Failing(getattr(owner, name), error))
+            return list(generic.caption_many(requests, batch_size=3))
+
+    first, failed, last = run(RuntimeError("shape mismatch:\n3 and 4"))
+    assert [first, last] == [expected[0], expected[2]] and (failed.video, failed.stage) == (str(videos[1]), "caption")
+    reason = "the code of tiny in transformers fails on this clip (RuntimeError: shape mismatch: 3 and 4)"
+    assert failed.reason == f"{videos[1]}: {reason}"
+    with pytest.raises(torch.AcceleratorError):
+        run(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+
+
 @pytest.fixture(scope="module")
 def gemma(tokenizer):
     names = dict(image="<|image|>", boi="<|boi|>", eoi="<|eoi|>", audio="<|audio|>", boa="<|boa|>", eoa="<|eoa|>")
