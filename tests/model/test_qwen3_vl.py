@@ -196,9 +196,12 @@ def test_the_model_hears_nothing(captioner, folder, call, videos, tmp_path):
     sound = CaptionRequest(videos[0], "What?", modality="audio")
     with pytest.raises(ValueError, match="a qwen3-vl model hears nothing; use --modality visual"):
         list(captioner.caption_many([sound]))
-    with ClipReader(workers=1) as reader, closing(Engine(captioner, reader)) as engine:
-        with pytest.raises(ValueError, match="a qwen3-vl model hears nothing"):
-            engine.submit(sound, on_event=lambda *event: None)
+    with (
+        ClipReader(workers=1) as reader,
+        closing(Engine(captioner, reader)) as engine,
+        pytest.raises(ValueError, match="a qwen3-vl model hears nothing"),
+    ):
+        engine.submit(sound, on_event=lambda *event: None)
     args = ("caption", videos[0], "--out", tmp_path / "c.jsonl", "--model", folder, "--modality", "audio")
     code, _, err = call(*args, "--workers", 0)
     assert code == 2 and "\nerror: modality audio: a qwen3-vl model hears nothing; use --modality visual\n" in err
