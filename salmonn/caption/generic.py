@@ -206,7 +206,6 @@ class GenericCaptioner(Captioner):
             captions.append(self.to_caption(request, completion, sample=sample))
         return captions
 
-
     @contextmanager
     def _model_code(self) -> Iterator[None]:
         """Turn errors of the model's code into a ModelCodeError, except those after which the GPU fails for all."""
@@ -214,7 +213,7 @@ class GenericCaptioner(Captioner):
             yield
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as error:  # noqa: BLE001 - of any code
+        except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelCodeError(f"the code of {self.name} in transformers fails on this clip ({reason})") from error
 
