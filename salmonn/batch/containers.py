@@ -65,9 +65,11 @@ def source_path(path: str) -> Path | None:
     """
     container, member = split_member(path) or (path, "")
     if is_url(container):
-        place = "/" + container.partition("://")[2]
-        is_web = scheme_of(container) in ("http", "https")
-        container = unquote(re.split(r"[?#]", place)[0]) if is_web else place
+        place = container.partition("://")[2]
+        if scheme_of(container) in ("http", "https"):
+            host, _, place = re.split(r"[?#]", place)[0].partition("/")
+            place = unquote(f"{host.rpartition('@')[2]}/{place}")  # without user and password
+        container = f"/{place}"
     elif not member:
         return None
     return Path(container).parent / member if member else Path(container)

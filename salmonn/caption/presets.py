@@ -88,7 +88,7 @@ def load_preset(name: str) -> Preset:
     """Load a preset by name, or a user's own by the path of its file, which ends in .yaml or .yml.
 
     Raises:
-        ValueError: there is no such preset, or the file is not one.
+        ValueError: there is no such preset, or the file is not a preset.
     """
     if Path(name).suffix in YAML_SUFFIXES:
         return _parse(_read_yaml(Path(name)), Preset, where=name)
@@ -109,7 +109,7 @@ def load_prompts(path: Path) -> dict[str, CaptionSettings]:
     for name, value in _read_yaml(path).items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(
-                f"{path}: the name {name!r} must consist of letters, digits, _ and -, as files are named so"
+                f"{path}: the name {name!r} must consist of letters, digits, _ and -, as it is part of file names"
             )
         settings = _parse(
             {"prompt": value} if isinstance(value, str) else value, CaptionSettings, where=f"{path}, {name}"

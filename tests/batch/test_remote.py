@@ -366,6 +366,7 @@ def test_subtitles_of_remote_videos_need_a_folder(videos, caption, tmp_path, cal
     [
         ("clips/a.mp4", None),
         ("https://host/a/b%20c.mp4?key=x/y.mp4", "/host/a/b c.mp4"),
+        ("https://user:password@host/c.mp4", "/host/c.mp4"),
         ("s3://bucket/a/b?c.mp4", "/bucket/a/b?c.mp4"),
         ("shards/00.tar::x/b.mp4", "shards/x/b.mp4"),
         ("https://host/d/00.tar?key=1::b.mp4", "/host/d/b.mp4"),
