@@ -49,6 +49,9 @@ def fuse_captions(
         settings: identifies writer and check.
         writer, check: see `fuse`.
         on_failure: called with the reason of each failure; a later run tries these videos again.
+
+    Raises:
+        LLMStoppedError: the server of the writer or the judge takes no further request.
     """
     stats = FusionStats()
     repair_last_line(out)
@@ -57,7 +60,8 @@ def fuse_captions(
     for group in captions.by_video():
         source = _source(group, settings)
         key = hash_key(group[0].video)
-        if before.pop(key, None) == source:
+        if before.get(key) == source:
+            del before[key]
             stats.fused_before += 1
             continue
         try:
@@ -70,7 +74,8 @@ def fuse_captions(
         append_records(out, [replace(fused, fusion=replace(fused.fusion, source=source))])
         stats.fused += 1
         has_outdated = True
-    if out.exists() and (has_outdated or before):
+        before.pop(key, None)
+    if out.exists() and (has_outdated or before):  # also of videos that failed: their captions have changed
         _drop_outdated(out, set(before))
     for caption in read_complete(out, Caption) if out.exists() else ():
         stats.add(caption)

@@ -37,6 +37,14 @@ class FusionError(ValueError):
     """The captions of a video cannot be fused; the message has the reason."""
 
 
+def _raise_if_stopped(error: ValueError) -> None:
+    """Raise an error again after which a server takes no further request, for this video or another."""
+    from salmonn.score.chat_client import LLMStoppedError  # noqa: PLC0415 - imports openai
+
+    if isinstance(error, LLMStoppedError):
+        raise error
+
+
 class Writer(Protocol):
     """A model that answers prompts; `TextModel` is one."""
 
@@ -63,6 +71,7 @@ class GeneratorWriter:
         try:
             ((caption,),) = self._generator.generate([request])
         except ValueError as error:  # for example of a file that has been deleted since
+            _raise_if_stopped(error)
             return str(error)
         return caption if caption.text else f"{self._generator.name} replied with an empty text; use another model"
 
@@ -84,11 +93,13 @@ class FactCheck:
 
         Raises:
             FusionError: a caption cannot be split into events.
+            LLMStoppedError: the judge's server takes no further request.
         """
         named = [Reference(f"{one.video} {number}", caption=one.text) for number, one in enumerate(captions)]
         try:
             split = self.split([one for one in named if one.caption.strip()])
         except ValueError as error:
+            _raise_if_stopped(error)
             raise FusionError(str(error)) from error
         events = {one.video: one.events for one in split}
         if missing := [name for name, found in events.items() if not found]:

@@ -19,13 +19,20 @@ def captions_of(video, texts):
     ]
 
 
-def run(folder, captions, settings="rule"):
+class FailingWriter:
+    """A model that answers no request."""
+
+    def answer(self, requests):
+        return ["no answer" for _ in requests]
+
+
+def run(folder, captions, settings="rule", writer=None):
     write_records(
         folder / "captions.jsonl", [one for video, texts in captions.items() for one in captions_of(video, texts)]
     )
     failures: list[str] = []
     stats = fuse_captions(
-        LatestCaptions([folder / "captions.jsonl"]), folder / "captions.fused.jsonl", settings=settings, writer=None,
+        LatestCaptions([folder / "captions.jsonl"]), folder / "captions.fused.jsonl", settings=settings, writer=writer,
         check=None, on_failure=failures.append,
     )  # fmt: skip
     fused = read_records(folder / "captions.fused.jsonl", Caption)
@@ -45,6 +52,18 @@ def test_only_what_changed_is_fused_again(tmp_path):
     stats, _, texts = run(tmp_path, captions)
     assert (stats.fused, stats.fused_before) == (0, 1) and set(texts) == {"b.mp4"}
     assert run(tmp_path, captions, settings="other")[0].fused == 1
+
+
+def test_what_is_outdated_does_not_count_if_fusing_fails(tmp_path):
+    captions = {"a.mp4": ["One.", "Two."], "b.mp4": ["Three.", "Four."]}
+    run(tmp_path, captions)
+    captions["b.mp4"][1] = "Five."
+    stats, failures, texts = run(tmp_path, captions, writer=FailingWriter())
+    assert (stats.fused, stats.fused_before, stats.failed) == (0, 1, 1) and failures == [
+        "b.mp4 is not fused: no answer"
+    ]
+    assert set(texts) == {"a.mp4"}
+    assert run(tmp_path, captions)[2]["b.mp4"].endswith("Five.")
 
 
 def test_a_killed_run_is_resumed(tmp_path):
@@ -97,6 +116,20 @@ def test_the_command_fuses_by_a_text_model(folder, caption, tmp_path, server, mo
     assert code == 0 and "0 lost, 0 changed; 0 added" in err and len(server.requests) == 2  # the first is remembered
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     assert "disappears" in fused.text and fused.fusion.num_requests == 2
+
+
+def test_a_server_that_refuses_the_key_ends_the_run(folder, caption, tmp_path, monkeypatch):
+    """The other videos are neither tried nor reported as failed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    server = FakeLLMServer(lambda request, number: Answer("wrong key", status=401))
+    try:
+        flags = ("--fuse-judge", "openai", "--fuse-server", server.url, "--fuse-model", "m")
+        code, err = caption(folder / "0.mp4", folder / "1.mp4", "--segments", 2, "--fuse", *flags)
+    finally:
+        server.close()
+    assert code == 2 and "requires an API key" in err and "is not fused" not in err
+    videos = [one.video for one in read_records(tmp_path / "captions.jsonl", Caption)]
+    assert len(server.requests) <= videos.count(videos[0])
 
 
 def write_clip_captions(video, tmp_path, caption):
