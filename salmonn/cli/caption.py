@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
-from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, fetch_config, job_config
+from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, column_setting, fetch_config, job_config
 from salmonn.cli.caption_outputs import remote_output, write_folders
 from salmonn.cli.caption_server import load_server, server_settings
 from salmonn.cli.context_options import fingerprint_transcripts
@@ -98,7 +98,8 @@ def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = F
         job={name: values[name] for name in JOB_SETTINGS}
         | ({"caption_format": values.format} if values.format == "events" else {})  # "format" is that of the ledger
         | (server_settings(values) if values.server else fingerprint_model(values))
-        | fingerprint_transcripts(values),
+        | fingerprint_transcripts(values)
+        | column_setting(values),
         start_seconds=values.start,
         lines_per_file=values.lines_per_file,
         overwrite=values.overwrite,

@@ -32,6 +32,7 @@ JOB_SETTINGS = (
     "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS, *CONTEXT_SETTINGS,
 )  # fmt: skip
 STDOUT = "-"
+VIDEO_COLUMN = "video"  # of Parquet files
 TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
 SAMPLING_FLAGS = ("temperature", "top_p", "repetition_penalty")
 
@@ -65,7 +66,7 @@ def add_input_options(parser: FlagParser, *, verb: str = "caption") -> None:
     globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
     group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
     columns = "column of the videos in Parquet files: paths, URLs, bytes, or structs of bytes and path"
-    group.add_argument("--column", type=str, default="video", help=columns)
+    group.add_argument("--column", type=str, default=VIDEO_COLUMN, help=columns)
     group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
     group.add_argument("--limit", type=int | None, default=None, help=f"{verb} at most N videos in this run")
     group.add_argument("--dry_run", action="store_true", help="only count the videos that are left to do")
@@ -205,6 +206,11 @@ def _check_remote(values: Namespace) -> None:
         raise ValueError(f"subtitles are written beside local videos only, and {what}; choose a --subtitle-dir")
     if values.shape is not None and "sidecar" in values.shape.fields:
         raise ValueError(f"{{sidecar}} is a text file beside a local video, and {what}; leave out {{sidecar}}")
+
+
+def column_setting(values: Namespace) -> dict[str, str]:
+    """Return the column for the job file; rows are named by numbers, so those of two columns have the same names."""
+    return {} if values.column == VIDEO_COLUMN else {"column": values.column}
 
 
 def fetch_config(values: Namespace) -> "FetchConfig":

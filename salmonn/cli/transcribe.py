@@ -23,7 +23,7 @@ from salmonn.cli.caption import (
     subtitle_writer,
     write_tables,
 )
-from salmonn.cli.caption_options import add_input_options, add_reading_options, fetch_config
+from salmonn.cli.caption_options import add_input_options, add_reading_options, column_setting, fetch_config
 from salmonn.cli.caption_outputs import out_path, require_local
 from salmonn.cli.options import SOME_FAILED, add_subtitle_options, garbage_kept, plural
 from salmonn.config import FlagParser
@@ -91,7 +91,7 @@ def run_transcribe(values: Namespace) -> int:
     files = LedgerFiles(values.out, listing.shard)
     ledger = Ledger(
         files,
-        job={name: values[name] for name in JOB_SETTINGS} | _fingerprint(config),
+        job={name: values[name] for name in JOB_SETTINGS} | _fingerprint(config) | column_setting(values),
         lines_per_file=values.lines_per_file,
         overwrite=values.overwrite,
         read_only=values.dry_run,

@@ -371,6 +371,7 @@ def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
         "repetition_penalty",
         "bits",
         "frames",
+        "context",
     }
     assert unset == others | set(SHAPE_SETTINGS)
     assert settings["max_new_tokens"] == 6

@@ -274,6 +274,22 @@ def test_parquet_files_of_bytes(tmp_path):
     assert list(fetched(plain).values()) == [b"first", b"second"]
 
 
+def test_rows_of_another_column_are_other_videos(videos, caption, call, tmp_path):
+    """Rows are named by numbers, so the videos of two columns have the same names."""
+    columns = {name: [Path(path).read_bytes()] for name, path in zip(("video", "other"), videos, strict=False)}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    assert caption(tmp_path / "t.parquet")[0] == 0
+    code, err = caption(tmp_path / "t.parquet", "--column", "other")
+    assert code == 2 and 'was made with column null (now "other")' in err
+    assert caption(tmp_path / "t.parquet", "--column", "other", out="other.jsonl")[0] == 0
+    code, err = caption(tmp_path / "t.parquet", out="other.jsonl")
+    assert code == 2 and 'was made with column "other" (now null)' in err
+    (tmp_path / "c.job.json").write_text('{"format": 1}')
+    args = ("transcribe", tmp_path / "t.parquet", "--column", "other", "--out", tmp_path / "c.jsonl", "--dry-run")
+    code, _, err = call(*args)
+    assert code == 2 and 'column null (now "other")' in err
+
+
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from salmonn import cli
