@@ -21,8 +21,10 @@ from typing import Literal, get_args
 from salmonn.batch.containers import split_member
 from salmonn.batch.discovery import is_media
 from salmonn.batch.ledger_files import (
+    SUBTITLES_SUFFIX,
     HashSet,
     LedgerError,
+    LedgerFiles,
     append_records,
     cannot_write,
     hash_key,
@@ -30,12 +32,12 @@ from salmonn.batch.ledger_files import (
     repair_last_line,
 )
 from salmonn.batch.remote import is_url
-from salmonn.batch.transcripts import Transcript
+from salmonn.batch.transcripts import Transcript, subtitle_key
 from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import AUDIO_SUFFIXES
 from salmonn.media.container import ClipError
 from salmonn.media.index import measured_seconds
-from salmonn.records import Caption, Failure
+from salmonn.records import Caption, Failure, read_json
 
 SubtitleFormat = Literal["txt", "srt", "vtt", "json"]
 SUBTITLE_FORMATS: tuple[SubtitleFormat, ...] = get_args(SubtitleFormat)
@@ -62,6 +64,17 @@ class SubtitleFile:
     def key(self) -> bytes:
         """Key for a `HashSet`."""
         return hash_key(self.path, self.video, self.size_bytes, self.modified_ns)
+
+
+def written_captions(folder: Path) -> HashSet:
+    """Return the keys (`subtitle_key`) of the files with captions, not transcripts, that the runs in a folder wrote."""
+    keys = bytearray()
+    for log in sorted(folder.glob(f"*{SUBTITLES_SUFFIX}")):
+        job = LedgerFiles.of(log.with_name(log.name.removesuffix(SUBTITLES_SUFFIX) + ".jsonl")).job
+        if not (job.is_file() and "whisper_model" in read_json(job)):
+            for one in read_complete(log, SubtitleFile):
+                keys += subtitle_key(one.path, one.size_bytes, one.modified_ns)
+    return HashSet(keys)
 
 
 class WrittenFiles:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile
-from salmonn.batch.ledger_files import parse_last_line
+from salmonn.batch.ledger_files import HashSet, hash_key, parse_last_line
 from salmonn.records import Caption, Event, Reference, parse_record
 from salmonn.score.quotations import find_quotations
 from salmonn.speech import SpeechEvent, quote_words
@@ -57,16 +57,18 @@ class SpeechContext:
 
     Args:
         files: transcripts; None for files beside the videos.
+        captions: subtitle files that are captions and not speech, by `subtitle_key`.
     """
 
-    def __init__(self, files: "TranscriptFiles | None" = None) -> None:
+    def __init__(self, files: "TranscriptFiles | None" = None, *, captions: HashSet | None = None) -> None:
         self._files = files
+        self._captions = captions or HashSet()
 
     def find(self, video: VideoFile) -> tuple[tuple[SpeechEvent, ...] | None, str]:
         """Return the speech of a video as it is now, and an empty text; or None, and why there is none."""
         if self._files is None:
             try:
-                speech = read_speech_beside(video.path)
+                speech = read_speech_beside(video.path, captions=self._captions)
             except (OSError, ValueError) as error:
                 return None, f"{NO_TRANSCRIPT}: {error}"
             return speech, "" if speech is not None else f"{NO_TRANSCRIPT} beside the video"
@@ -119,23 +121,38 @@ class TranscriptFiles:
             raise ValueError(f"{path}: the line of {video} is not a transcript: {error}") from error
 
 
-def read_speech_beside(video: str) -> tuple[SpeechEvent, ...] | None:
+def subtitle_key(path: str, size_bytes: int, modified_ns: int) -> bytes:
+    """Return the key of a subtitle file in a `HashSet`: of its name, since the folder may be named in several ways."""
+    return hash_key(os.path.basename(path), size_bytes, modified_ns)  # noqa: PTH119 - of any string
+
+
+def read_speech_beside(video: str, *, captions: HashSet | None = None) -> tuple[SpeechEvent, ...] | None:
     """Read the speech of a video from a file beside it; None if there is none.
 
     For film.mp4 that is film.mp4.json or film.json, if it is a transcript, else the same names with .vtt or .srt.
 
+    Args:
+        video: path of the video.
+        captions: files to pass over, by `subtitle_key`.
+
     Raises:
-        ValueError: a file is too large to be subtitles.
+        ValueError: a file is too large to be subtitles, or there are only captions.
     """
-    path = Path(video)
+    path, passed_over = Path(video), None
     for suffix in (".json", ".vtt", ".srt"):
         for name in (path.name + suffix, path.stem + suffix):
             beside = path.with_name(name)
             if os.path.isfile(beside):  # noqa: PTH113 - False for a name that is too long
+                state = beside.stat()
+                if captions is not None and subtitle_key(name, state.st_size, state.st_mtime_ns) in captions:
+                    passed_over = name
+                    continue
                 text = _read_text(beside)
                 found = _parse_transcript(text) if suffix == ".json" else parse_subtitles(text)
                 if found is not None:
                     return found
+    if passed_over is not None:
+        raise ValueError(f"{passed_over} beside the video has captions that salmonn wrote; transcribe the video")
     return None
 
 

@@ -26,6 +26,7 @@ def add_context_options(parser: FlagParser) -> None:
 
 def speech_context(values: Namespace) -> "SpeechContext | None":
     """Return where the speech of videos is found, if it is to be added to the prompts."""
+    from salmonn.batch.subtitles import written_captions
     from salmonn.batch.transcripts import SpeechContext, TranscriptFiles
 
     if values.context is None:
@@ -39,7 +40,7 @@ def speech_context(values: Namespace) -> "SpeechContext | None":
             "--export srt or vtt would write captions beside the videos, where --context transcript takes subtitles "
             "for speech; name --transcripts, or another folder with --subtitle-dir"
         )
-    return SpeechContext()
+    return SpeechContext(captions=written_captions(values.out.parent))
 
 
 def fingerprint_transcripts(values: Namespace) -> dict[str, str]:

@@ -87,6 +87,25 @@ def test_speech_beside_the_videos(pair, caption, tmp_path):
     assert second.warnings == ("no transcript beside the video",)
 
 
+def test_captions_of_an_earlier_run_are_no_speech(pair, call, caption, tmp_path):
+    """Subtitles that were written from captions are passed over, those from transcripts are not."""
+    write_records(tmp_path / "old.jsonl", [Caption(str(pair[0]), "A dog runs.", end_seconds=8.0)])
+    write_records(tmp_path / "t.jsonl", [transcript(pair[1], HELLO)])
+    write_json(tmp_path / "t.job.json", {"format": 1, "whisper_model": "turbo"})
+    for name in ("old.jsonl", "t.jsonl"):
+        assert call("export", tmp_path / name, "--to", "srt")[0] == 0
+    assert caption(tmp_path / "clips", "--context", "transcript")[0] == 0
+    first, second = sorted(read_records(tmp_path / "captions.jsonl", Caption), key=lambda one: one.video)
+    reason = "no transcript: a.srt beside the video has captions that salmonn wrote; transcribe the video"
+    assert context_of(first) == "" and first.warnings == (reason,)
+    assert context_of(second) == f"{TITLE}\n[0.5-2.6] Hello you." and second.warnings == ()
+    # A person's own subtitles are speech, also where there were captions before.
+    pair[0].with_suffix(".srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nGood day.\n")
+    assert caption(pair[0], "--context", "transcript", out="again.jsonl")[0] == 0
+    (first,) = read_records(tmp_path / "again.jsonl", Caption)
+    assert context_of(first) == f"{TITLE}\n[1.0-2.0] Good day."
+
+
 def test_a_changed_video_and_a_long_transcript(pair, caption, tmp_path):
     long = tuple(SpeechEvent("word " * 200, second / 2, second / 2 + 0.5) for second in range(8))
     write_records(tmp_path / "t.jsonl", [transcript(pair[0], *long), transcript(pair[1], BYE)])
