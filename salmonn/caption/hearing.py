@@ -36,18 +36,21 @@ class Hearing:
     answers: tuple[str, ...]
 
 
-def probe_hearing(generator: Generator, *, prompt: str | None = PROBE_PROMPT, modality: Modality = "both") -> Hearing:
+def probe_hearing(
+    generator: Generator, *, prompt: str | None = PROBE_PROMPT, modality: Modality = "both", max_new_tokens: int = 32
+) -> Hearing:
     """Measure whether a generator hears: with log-probabilities where it gives them, else by its answers alone.
 
     Args:
         generator: local model or client of a server.
         prompt: prompt of the probe; None for the model's default.
         modality: what the model is given of the clips.
+        max_new_tokens: token limit of an answer.
 
     Raises:
         ValueError: as `generator.generate`.
     """
-    sampling = Sampling(temperature=0.0, max_new_tokens=32, logprobs=0)
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, logprobs=0)
     with TemporaryDirectory(prefix="salmonn-probe-") as folder:
         beeps, noise = write_probe_clips(Path(folder))
         requests = [CaptionRequest(path, prompt, sampling, modality=modality) for path in (beeps, noise, beeps, noise)]

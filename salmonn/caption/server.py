@@ -265,6 +265,7 @@ class ServerCaptioner:
             to_messages(request, clip, default_prompt=default),
             schema=None if sampling.json_schema is None else json.loads(sampling.json_schema),
             seed=request.seed if sampling.temperature else None,
+            seed_limit=None if self.is_own else ChatRequest.seed_limit,  # it samples as the local model does
             temperature=sampling.temperature,
             token_limit=sampling.max_new_tokens,
             num_choices=request.num_samples,
@@ -283,7 +284,7 @@ class ServerCaptioner:
         default = "" if self.is_own else DEFAULT_PROMPTS[clip.modality]
         return Caption(
             video=str(request.path),
-            text=choice.text,
+            text=choice.text.strip(),
             prompt=request.prompt or default,
             model=response.model or self.options.server_model or "",
             sample=sample,

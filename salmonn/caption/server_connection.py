@@ -8,11 +8,15 @@ Whatever is wrong with address, key, model or modalities is reported in one sent
 import difflib
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from salmonn.caption.hearing import probe_hearing
-from salmonn.caption.server import ServerCaptioner
+from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.hearing import Hearing, probe_hearing, write_probe_clips
+from salmonn.caption.server import DEFAULT_TOKENS, AnswerError, ServerCaptioner
 from salmonn.caption.server_messages import Part, audio_part, image_part
 from salmonn.caption.server_options import ServerInput, ServerOptions
 from salmonn.records import Modality
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _OWN = "salmonn"  # owner of the models of `salmonn serve`, and a name that it takes for any of them
 _MAX_INTERNAL_ERROR_SECONDS = 4.0
+_PROBE_TOKENS = 32
 _MAX_LISTED = 10  # models in an error message
 _REMEDIES = {
     ("images",): "choose a model that takes images, or caption the audio alone with --modality audio",
@@ -32,7 +37,12 @@ _REMEDIES = {
 
 
 def connect_captioner(
-    options: ServerOptions, *, modality: Modality = "both", cuts_files: bool = False, reader: str = "pyav"
+    options: ServerOptions,
+    *,
+    modality: Modality = "both",
+    cuts_files: bool = False,
+    max_new_tokens: int | None = None,
+    reader: str = "pyav",
 ) -> ServerCaptioner:
     """Connect to a server, and test with short clips that it takes what the requests will need.
 
@@ -40,6 +50,7 @@ def connect_captioner(
         options: server and limits.
         modality: modality of the requests to come.
         cuts_files: whether they need a part of a file, or a number of frames.
+        max_new_tokens: token limit of their captions; None for the captioner's own.
         reader: decoder of video frames, see `read_clip`.
 
     Raises:
@@ -53,7 +64,7 @@ def connect_captioner(
     # A server that cannot process a kind of clip may say so with status 500.
     client.internal_error_seconds = min(_MAX_INTERNAL_ERROR_SECONDS, options.retry_seconds)
     try:
-        _choose_input(captioner, modality, cuts_files=cuts_files)
+        _choose_input(captioner, modality, cuts_files=cuts_files, token_limit=max_new_tokens or DEFAULT_TOKENS)
     except (LLMStoppedError, LLMRejectedError) as error:
         names = [model.name for model in models or []]
         # Some servers load models that they do not list.
@@ -72,7 +83,7 @@ def _is_own(models: Sequence[ServedModel], name: str | None) -> bool:
     return any(model.owner == _OWN and name in (model.name, _OWN) for model in models)
 
 
-def _choose_input(captioner: ServerCaptioner, modality: Modality, *, cuts_files: bool) -> None:
+def _choose_input(captioner: ServerCaptioner, modality: Modality, *, cuts_files: bool, token_limit: int) -> None:
     """Take the first input that the server accepts and with which the model hears.
 
     Raises:
@@ -83,15 +94,11 @@ def _choose_input(captioner: ServerCaptioner, modality: Modality, *, cuts_files:
     for candidate in _candidates(captioner, modality, cuts_files=cuts_files):
         captioner.input = candidate
         try:
-            hearing = probe_hearing(captioner, modality=modality)
+            hearing = _probe(captioner, modality, token_limit=token_limit)
         except LLMRejectedError as error:
             rejected = error
             continue
-        if hearing.heard is None:
-            logger.warning(
-                "%s answers identical requests differently, so it cannot be tested if it hears", captioner.name
-            )
-        if hearing.heard is not False or modality == "visual":
+        if hearing.heard is not False:
             return
         deaf[candidate] = hearing.answers[0]
     if not deaf:
@@ -108,6 +115,30 @@ def _choose_input(captioner: ServerCaptioner, modality: Modality, *, cuts_files:
             "--allow-deaf"
         )
     logger.warning("%s", message)
+
+
+def _probe(captioner: ServerCaptioner, modality: Modality, *, token_limit: int) -> Hearing:
+    """Test whether the model hears, or, if the captions are to be about frames alone, whether it accepts a clip.
+
+    Raises:
+        LLMRejectedError: the server does not take the clip.
+    """
+    if modality == "visual":
+        with TemporaryDirectory(prefix="salmonn-probe-") as folder, suppress(AnswerError):
+            sampling = Sampling(temperature=0.0, max_new_tokens=_PROBE_TOKENS)
+            captioner.generate([CaptionRequest(write_probe_clips(Path(folder))[0], None, sampling, modality=modality)])
+        return Hearing(None, ())
+    reason = "it answers identical requests differently"
+    hearing = Hearing(None, ())
+    for limit in (_PROBE_TOKENS, token_limit):  # a model that reasons before it answers needs more
+        try:
+            hearing = probe_hearing(captioner, modality=modality, max_new_tokens=limit)
+            break
+        except AnswerError as error:
+            reason = str(error)
+    if hearing.heard is None:
+        logger.warning("%s cannot be tested if it hears: %s", captioner.name, reason)
+    return hearing
 
 
 def _candidates(captioner: ServerCaptioner, modality: Modality, *, cuts_files: bool) -> Sequence[ServerInput]:

@@ -11,8 +11,6 @@ from salmonn.score.config import LLMConfig
 if TYPE_CHECKING:
     from salmonn.score.llm_client import LLMClient
 
-_MAX_SEED = 1 << 31  # seeds of captions are longer than servers take
-
 
 class TextModel:
     """Answers requests without looking at their clips.
@@ -40,7 +38,7 @@ class TextModel:
             messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": request.prompt or ""})
         try:
-            response = self._client.complete(messages, schema={}, seed=request.seed % _MAX_SEED, only_text=True)
+            response = self._client.complete(messages, schema={}, seed=request.seed, only_text=True)
         except LLMRejectedError as error:
             return f"{self._client.name}: {error}"
         return Caption(

@@ -66,6 +66,7 @@ def load_server(values: Namespace) -> "ServerCaptioner":
         server_options(values),
         modality=values.modality,
         cuts_files=any(part is not None for part in parts),
+        max_new_tokens=values.max_new_tokens,
         reader=values.reader,
     )
     if not values.quiet:

@@ -45,6 +45,7 @@ class ChatRequest:
         messages: the conversation.
         schema: JSON schema of the reply, for servers with structured outputs; None for free text.
         seed: sampling seed; None sends none.
+        seed_limit: number that seeds are reduced by (modulo), since many servers take 32 bits; None sends them as they are.
         temperature: sampling temperature; None leaves it to the server.
         token_limit: maximum number of tokens of a reply; None leaves it to the server.
         num_choices: number of replies; a server may send fewer.
@@ -55,6 +56,7 @@ class ChatRequest:
     messages: Sequence[ChatMessage]
     schema: Mapping[str, Any] | None = None
     seed: int | None = None
+    seed_limit: int | None = 1 << 31
     temperature: float | None = None
     token_limit: int | None = None
     num_choices: int = 1
@@ -79,7 +81,7 @@ class ChatRequest:
         parameters: dict[str, dict[str, Any]] = {
             "json_schema": {"response_format": {"type": "json_schema", "json_schema": json_schema}},
             "json_object": {"response_format": {"type": "json_object"}},
-            "seed": {"seed": self.seed},
+            "seed": {"seed": self.seed % self.seed_limit if self.seed and self.seed_limit else self.seed},
             "temperature": {"temperature": self.temperature},
             "max_tokens": {"max_tokens": self.token_limit},
             "max_completion_tokens": {"max_completion_tokens": self.token_limit},

@@ -135,6 +135,18 @@ def test_samples(serve, videos, takes_n, sent_n):
     assert [sent.get("n") for sent in server.requests] == sent_n
 
 
+def test_long_seeds(serve, videos):
+    """Seeds are those of the request plus a number from the path: other servers than ours may take only 32 bits."""
+    server = serve(scripted())
+    captioner = open_captioner(server)
+    request = CaptionRequest(videos[0], sampling=replace(GREEDY, temperature=1.0), seed=(1 << 32) + 7)
+    captioner.generate([request, replace(request, seed=1 << 31)])
+    captioner.is_own = True
+    captioner.generate([request])
+    assert sorted(sent["seed"] for sent in server.requests[:2]) == [0, 7]
+    assert server.requests[2]["seed"] == request.seed
+
+
 def answer(message: dict | None = None, **choice) -> Answer:
     choices = [{"message": message or {"content": "ok"}, "finish_reason": "stop"} | choice]
     return Answer(body=json.dumps({"choices": choices, "model": "served"}).encode())
@@ -144,6 +156,7 @@ def answer(message: dict | None = None, **choice) -> Answer:
     ("given", "text", "finished", "logprob"),
     [
         (answer(), "ok", True, None),
+        (answer({"content": "\n\nok \n"}), "ok", True, None),
         (answer({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}), "ab", True, None),
         (answer(finish_reason="length"), "ok", False, None),
         (answer(finish_reason="content_filter"), "ok", False, None),
@@ -325,8 +338,30 @@ def test_a_deaf_server_is_reported(serve, videos, caplog):
     assert len(server.requests) == 12
     captioner = connect(server, allow_deaf=True, server_input="frames")
     assert captioner.input == "frames" and "does not hear" in caplog.text
+    num_before = len(server.requests)
     assert connect(server, modality="visual").input == "frames"
-    assert sound_of(server.requests[-1]) is None
+    assert sound_of(server.requests[-1]) is None and len(server.requests) == num_before + 1
+
+
+def test_a_model_that_reasons_first_is_given_room_to_answer(serve, caplog):
+    def script(request, number):
+        if request["max_tokens"] > 100:
+            return Answer(describe(request))
+        return answer({"content": None, "reasoning_content": "Let me listen"}, finish_reason="length")
+
+    assert connect(serve(script), server_input="frames").input == "frames"
+    assert "cannot be tested" not in caplog.text
+    # Within 90 tokens it never answers.
+    captioner = connect_captioner(ServerOptions(serve(script).url, "m"), max_new_tokens=90)
+    assert captioner.input == "video"
+    assert "cannot be tested if it hears: the server sent a reasoning ('Let me listen')" in caplog.text
+
+
+def test_a_filter_of_the_probe_does_not_end_the_run(serve, caplog):
+    filtered = answer({"content": None}, finish_reason="content_filter")
+    assert connect(serve(lambda request, number: filtered), modality="visual").input == "frames"
+    assert connect(serve(lambda request, number: filtered), modality="audio").input == "frames"
+    assert caplog.text.count("cannot be tested if it hears: the server sent ") == 1
 
 
 @pytest.mark.parametrize(
