@@ -131,6 +131,11 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def update_job(self, settings: Mapping[str, Any]) -> None:
+        """Replace settings that were not known before, such as what a server accepts; nothing may be written yet."""
+        assert not self._has_job_file
+        self._job |= json.loads(json.dumps(settings))
+
     def status(self, found: VideoFile | Failure) -> Status:
         """Look up what earlier runs did with a file as it is now, or with a folder that cannot be listed.
 

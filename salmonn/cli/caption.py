@@ -20,7 +20,7 @@ from tqdm import tqdm
 from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, column_setting, fetch_config, job_config
 from salmonn.cli.caption_outputs import remote_output, write_folders
-from salmonn.cli.caption_server import load_server, server_settings
+from salmonn.cli.caption_server import keep_server_input, load_server, server_settings
 from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
 from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner, plural
@@ -93,6 +93,7 @@ def _dry_run(values: Namespace) -> int:
 def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = False) -> "Ledger":
     from salmonn.batch.ledger import Ledger
 
+    keep_server_input(values, files.job)
     return Ledger(
         files,
         job={name: values[name] for name in JOB_SETTINGS}
@@ -237,6 +238,8 @@ def _run(
             captioner = load_server(values) if values.server else load_batch_captioner(values)
             videos = chain(first, pending)
             results = caption_videos(captioner, videos, config=config, reader=reader, fetcher=fetcher, store=store)
+        if values.server:  # by now it is known what is sent
+            ledger.update_job(server_settings(values))
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)

@@ -2,12 +2,14 @@
 
 import sys
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import Namespace
 
-from salmonn.caption.server_options import ServerOptions
+from salmonn.caption.server_options import ServerInput, ServerOptions
 from salmonn.config import MAY_CHANGE, FlagParser
+from salmonn.records import read_json
 
 if TYPE_CHECKING:
     from salmonn.caption.server import ServerCaptioner
@@ -54,8 +56,15 @@ def server_settings(values: Namespace) -> dict[str, object]:
     return {name: values[name] for name in SERVER_SETTINGS}
 
 
+def keep_server_input(values: Namespace, job_file: Path) -> None:
+    """Send clips as an earlier run did: what `auto` chose for it is among its settings."""
+    if values.server and values.server_input == "auto" and not values.overwrite and job_file.exists():
+        chosen = read_json(job_file).get("server_input")
+        values.server_input = chosen if chosen in get_args(ServerInput) else "auto"
+
+
 def load_server(values: Namespace) -> "ServerCaptioner":
-    """Connect to the server that the flags describe; raises as `connect_captioner`."""
+    """Connect to the server that the flags describe, and set `values.server_input`; raises as `connect_captioner`."""
     from salmonn import dist
     from salmonn.caption.server_connection import connect_captioner
 
@@ -69,6 +78,7 @@ def load_server(values: Namespace) -> "ServerCaptioner":
         max_new_tokens=values.max_new_tokens,
         reader=values.reader,
     )
+    values.server_input = captioner.input
     if not values.quiet:
         sys.stderr.write(f"clips are sent to {captioner.name} as {captioner.input}\n")
     return captioner

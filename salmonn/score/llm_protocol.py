@@ -45,7 +45,7 @@ class ChatRequest:
         messages: the conversation.
         schema: JSON schema of the reply, for servers with structured outputs; None for free text.
         seed: sampling seed; None sends none.
-        seed_limit: number that seeds are reduced by (modulo), since many servers take 32 bits; None sends them as they are.
+        seed_limit: modulus of seeds, as many servers take 32 bits; None sends them as they are.
         temperature: sampling temperature; None leaves it to the server.
         token_limit: maximum number of tokens of a reply; None leaves it to the server.
         num_choices: number of replies; a server may send fewer.

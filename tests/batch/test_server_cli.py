@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import Caption, read_records
+from salmonn.records import Caption, read_json, read_records
 from tests.caption.served_model import captioner, describe
 from tests.launch import forked, kill
 from tests.limits import STEP_SECONDS, wait_until
@@ -67,6 +67,22 @@ def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
     assert len(captions) == len({one.video for one in captions}) == 10
     assert len(server.requests) == num_requests + 4 + 10 - len(done)
     process.stderr.close()
+
+
+def test_a_resumed_run_sends_what_was_chosen_first(folder, serve, call, tmp_path):
+    """The first server refuses files; the second one takes them, but would be asked for other captions."""
+    out = tmp_path / "captions.jsonl"
+    for refused, limit in ((("video_url",), 1), ((), 2)):
+        server = serve(captioner(refused=refused, hears_video=True))
+        model = ("--server", server.url, "--server-model", "m", "--workers", 1, "--quiet")
+        code, _, err = call("caption", folder, "--out", out, *model, "--limit", limit)
+        assert code == 0, err
+        assert read_json(tmp_path / "captions.job.json")["server_input"] == "frames"
+    captions = read_records(out, Caption)
+    assert len(captions) == 3 and all("frames, 0 files" in one.text for one in captions)
+    assert len(server.requests) == 4 + 2  # and no other input is tried
+    code, _, err = call("caption", folder, "--out", out, *model, "--server-input", "video")
+    assert code == 2 and 'was made with server_input "frames" (now "video")' in err
 
 
 def test_a_run_out_of_budget_is_resumed(folder, serve, call, tmp_path):
