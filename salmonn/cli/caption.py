@@ -235,11 +235,9 @@ def _run(
             # They start while the model loads.
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits, bucket_share=fetcher.bucket_share))
             store = _shot_log(ledger, fetcher) if values.segments == "shots" else None
-            captioner = load_server(values) if values.server else load_batch_captioner(values)
+            captioner = load_server(values, ledger) if values.server else load_batch_captioner(values)
             videos = chain(first, pending)
             results = caption_videos(captioner, videos, config=config, reader=reader, fetcher=fetcher, store=store)
-        if values.server:  # by now it is known what is sent
-            ledger.update_job(server_settings(values))
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)

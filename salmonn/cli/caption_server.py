@@ -12,6 +12,7 @@ from salmonn.config import MAY_CHANGE, FlagParser
 from salmonn.records import read_json
 
 if TYPE_CHECKING:
+    from salmonn.batch.ledger import Ledger
     from salmonn.caption.server import ServerCaptioner
 
 _OPTIONS = {field.name: field for field in fields(ServerOptions)}
@@ -63,8 +64,8 @@ def keep_server_input(values: Namespace, job_file: Path) -> None:
         values.server_input = chosen if chosen in get_args(ServerInput) else "auto"
 
 
-def load_server(values: Namespace) -> "ServerCaptioner":
-    """Connect to the server that the flags describe, and set `values.server_input`; raises as `connect_captioner`."""
+def load_server(values: Namespace, ledger: "Ledger | None" = None) -> "ServerCaptioner":
+    """Connect to the server that the flags describe, and record what it is sent; raises as `connect_captioner`."""
     from salmonn import dist
     from salmonn.caption.server_connection import connect_captioner
 
@@ -79,6 +80,8 @@ def load_server(values: Namespace) -> "ServerCaptioner":
         reader=values.reader,
     )
     values.server_input = captioner.input
+    if ledger:
+        ledger.update_job(server_settings(values))
     if not values.quiet:
         sys.stderr.write(f"clips are sent to {captioner.name} as {captioner.input}\n")
     return captioner

@@ -82,7 +82,7 @@ def test_a_resumed_run_sends_what_was_chosen_first(folder, serve, call, tmp_path
     assert len(captions) == 3 and all("frames, 0 files" in one.text for one in captions)
     assert len(server.requests) == 4 + 2  # and no other input is tried
     code, _, err = call("caption", folder, "--out", out, *model, "--server-input", "video")
-    assert code == 2 and 'was made with server_input "frames" (now "video")' in err
+    assert code == 2 and 'was made with --server-input "frames" (now "video")' in err
 
 
 def test_a_run_out_of_budget_is_resumed(folder, serve, call, tmp_path):
