@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
+from salmonn.batch.discovery import VideoFile
 from salmonn.batch.export import LatestCaptions
+from salmonn.batch.fetch import Fetcher
 from salmonn.batch.ledger_files import append_records, hash_key, read_complete, repair_last_line
 from salmonn.caption.fusion import FactCheck, FusionError, Writer, fuse
 from salmonn.records import Caption, write_records
@@ -37,9 +40,9 @@ def fuse_captions(
     out: Path,
     *,
     settings: str,
-    writer: Writer | None,
-    check: FactCheck | None,
+    load: Callable[[], tuple[Writer | None, FactCheck | None]],
     on_failure: Callable[[str], object],
+    fetcher: Fetcher | None = None,
 ) -> FusionStats:
     """Write one caption for each video; those whose segments and settings are the same as before are kept.
 
@@ -47,8 +50,9 @@ def fuse_captions(
         captions: captions of segments.
         out: file of the fused captions, appended to after each video.
         settings: identifies writer and check.
-        writer, check: see `fuse`.
+        load: returns writer and check, see `fuse`; called once there is a video to fuse.
         on_failure: called with the reason of each failure; a later run tries these videos again.
+        fetcher: fetches remote videos for a writer that sees them; None for one that does not.
 
     Raises:
         LLMStoppedError: the server of the writer or the judge takes no further request.
@@ -57,6 +61,7 @@ def fuse_captions(
     repair_last_line(out)
     before = _sources(out)
     has_outdated = False
+    load = cache(load)
     for group in captions.by_video():
         source = _source(group, settings)
         key = hash_key(group[0].video)
@@ -65,7 +70,7 @@ def fuse_captions(
             stats.fused_before += 1
             continue
         try:
-            fused = fuse(group, writer=writer, check=check)
+            fused = _fuse(group, *load(), fetcher)
         except FusionError as error:
             stats.failed += 1
             on_failure(f"{group[0].video} is not fused: {error}")
@@ -80,6 +85,20 @@ def fuse_captions(
     for caption in read_complete(out, Caption) if out.exists() else ():
         stats.add(caption)
     return stats
+
+
+def _fuse(group: Sequence[Caption], writer: Writer | None, check: FactCheck | None, fetcher: Fetcher | None) -> Caption:
+    if fetcher is None:
+        return fuse(group, writer=writer, check=check)
+    first = group[0]
+    video = VideoFile(first.video, first.size_bytes, first.modified_ns, first.etag)
+    ((_, _, path),) = fetcher.ahead([(0, video)])
+    try:
+        return fuse(group, writer=writer, check=check, path=path)
+    except FusionError as error:
+        raise FusionError(fetcher.explain(video, str(error))) from error
+    finally:
+        fetcher.release(video)
 
 
 def _sources(out: Path) -> dict[bytes, str]:

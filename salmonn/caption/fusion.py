@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from salmonn.caption.generator import CaptionRequest, Generator, Span
-from salmonn.records import Caption, Event, Fusion, Reference, Score, Unscored
+from salmonn.caption.generator import BatchCaptioner, CaptionRequest, Span
+from salmonn.records import Caption, Event, Failure, Fusion, Reference, Score, Unscored
 from salmonn.score.judge import Judge, ScoringTask
+
+if TYPE_CHECKING:
+    from salmonn.caption.loader import ClipReader
 
 MAX_CHARS = 8000  # of the captions in a request, about 2,000 tokens
 RULE_WRITER = "rule"
@@ -53,27 +56,52 @@ class Writer(Protocol):
         ...
 
 
-class GeneratorWriter:
+class CaptionerWriter:
     """The captioning model as a writer: it also sees the part of the video that the captions are of.
 
     Args:
-        generator: the model.
+        captioner: the model.
+        template: sampling parameters with a token limit, modality and frames of its requests, as of a caption's.
+        reader: reads the videos.
+        batch_size: see `Captioner.caption_batches`.
     """
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+    def __init__(
+        self,
+        captioner: BatchCaptioner,
+        *,
+        template: CaptionRequest,
+        reader: "ClipReader",
+        batch_size: int | None = None,
+    ) -> None:
+        self._captioner, self._template = captioner, template
+        self._reader, self._batch_size = reader, batch_size
 
     def answer(self, requests: Sequence[CaptionRequest]) -> list[Caption | str]:
-        """See `Writer`."""
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request: CaptionRequest) -> Caption | str:
+        """See `Writer`; raises an LLMStoppedError if the model's server takes no further request."""
+        asked = [
+            replace(self._template, path=one.path, prompt=one.prompt, span=one.span, history=one.history)
+            for one in requests
+        ]
+        answers: list[Caption | str] = [""] * len(asked)
         try:
-            ((caption,),) = self._generator.generate([request])
-        except ValueError as error:  # for example of a file that has been deleted since
+            for batch in self._captioner.caption_batches(asked, batch_size=self._batch_size, reader=self._reader):
+                for done in batch:
+                    answers[done.index] = self._check(done.result)
+        except ValueError as error:  # for example of a caption with special tokens, which no prompt may have
             _raise_if_stopped(error)
-            return str(error)
-        return caption if caption.text else f"{self._generator.name} replied with an empty text; use another model"
+            return [str(error)] * len(asked)
+        return answers
+
+    def _check(self, result: Caption | Failure) -> Caption | str:
+        if isinstance(result, Failure):
+            return result.reason
+        if not result.text.strip():
+            return f"{result.model} replied with an empty text; use another model"
+        if not result.finished and (sampling := self._template.sampling):
+            limit = f"{sampling.max_new_tokens} tokens; increase --fuse-max-new-tokens"
+            return f"{result.model}: the fused caption was cut off at {limit}"
+        return result
 
 
 @dataclass(frozen=True)
@@ -143,6 +171,7 @@ def fuse(
     *,
     writer: Writer | None = None,
     check: FactCheck | None = None,
+    path: Path | None = None,
     max_chars: int = MAX_CHARS,
 ) -> Caption:
     """Return one caption of a video.
@@ -151,6 +180,7 @@ def fuse(
         captions: captions of its segments, in order of time and with their times; one alone is returned as it is.
         writer: model that writes the caption; None puts the captions one after the other with their times.
         check: counts the facts that are lost, changed or added, and makes a model correct them; None does not.
+        path: local copy of the video, for a writer that sees it; None: the captions have its path.
         max_chars: maximum length of the captions in a request to the model.
 
     Raises:
@@ -158,7 +188,8 @@ def fuse(
     """
     parts, name = _to_parts(captions, check), ""
     if writer is not None:
-        parts, name = _write(captions[0], parts, writer, check=check, max_chars=max_chars)
+        path = path or Path(captions[0].video)
+        parts, name = _write(path, parts, writer, check=check, max_chars=max_chars)
     if name:
         text = "\n\n".join(part.text for part in parts)
     else:
@@ -230,14 +261,14 @@ def _groups(parts: Sequence[_Part], max_chars: int) -> Iterator[list[_Part]]:
 
 
 def _write(
-    caption: Caption, parts: list[_Part], writer: Writer, *, check: FactCheck | None, max_chars: int
+    path: Path, parts: list[_Part], writer: Writer, *, check: FactCheck | None, max_chars: int
 ) -> tuple[list[_Part], str]:
     """Let a model write paragraphs; return them with its name, "" if no two captions fit into a request."""
     name = ""
     while len(groups := list(_groups(parts, max_chars))) < len(parts):
         requests = {
             number: CaptionRequest(
-                Path(caption.video),
+                path,
                 PROMPT.format(parts="\n".join(part.line for part in group)),
                 span=Span(group[0].start_seconds, group[-1].end_seconds),
             )
@@ -283,7 +314,7 @@ def _answer(writer: Writer, requests: Sequence[CaptionRequest]) -> list[Caption]
         if isinstance(answer, str):
             raise FusionError(answer)
         if not answer.finished:
-            raise FusionError(f"{answer.model}: the fused caption was cut off at the token limit; increase it")
+            raise FusionError(f"{answer.model}: the fused caption was cut off at the token limit; use another model")
         answers.append(answer)
     return answers
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.batch.shot_log import ShotLog
     from salmonn.batch.subtitles import SubtitleWriter
+    from salmonn.caption.generator import BatchCaptioner
     from salmonn.caption.worker import WorkerLimits
 
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"
@@ -123,6 +124,7 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
     files = LedgerFiles(values.out, listing.shard)
     ledger = _open_ledger(values, files)
     config, limits = job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
+    load = cache(partial(_load, values, ledger))
     with ledger, ExitStack() as stack:
         dataset = _open_dataset(values, files)
         report_state(ledger)
@@ -137,11 +139,14 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
             on_captions=_print_captions if to_stdout else lambda captions: None,
         )
-        speed = _run(job, ledger, listing, values=values, config=config, limits=limits)
+        speed = _run(job, ledger, listing, values=values, config=config, limits=limits, load=load)
         job.finish()
         write_tables(values, files)
         num_unwritten = write_folders(values, files)
-        num_unfused = run_fusion(values, files) if values.fuse else 0
+        num_unfused = 0
+        if values.fuse:
+            fetch = fetch_config(values)
+            num_unfused = run_fusion(values, files, config=config, limits=limits, fetch=fetch, load=load)
         if dataset:
             num_written = dataset.write()
             if not values.quiet:
@@ -150,6 +155,10 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
         report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
         report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before + num_unwritten + num_unfused
+
+
+def _load(values: Namespace, ledger: "Ledger") -> "BatchCaptioner":
+    return load_server(values, ledger) if values.server else load_batch_captioner(values)
 
 
 def _open_dataset(values: Namespace, files: "LedgerFiles") -> "DatasetWriter | None":
@@ -200,6 +209,7 @@ def _run(
     values: Namespace,
     config: "JobConfig",
     limits: "WorkerLimits",
+    load: "Callable[[], BatchCaptioner]",
 ) -> str:
     """Caption the pending videos; return the speed, as it goes into the summary."""
     from salmonn import dist
@@ -227,17 +237,16 @@ def _run(
             from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
 
             ray_config = RayConfig(values.ray_actors, values.workers, limits, fetch_config(values))
-            load = partial(load_batch_captioner, values)
-            results = caption_on_cluster(chain(first, pending), load=load, config=config, ray_config=ray_config)
+            load_local = partial(load_batch_captioner, values)
+            results = caption_on_cluster(chain(first, pending), load=load_local, config=config, ray_config=ray_config)
         else:
             workers = default_num_workers(len(first)) if values.workers is None else values.workers
             fetcher = stack.enter_context(Fetcher(fetch_config(values)))
             # They start while the model loads.
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits, bucket_share=fetcher.bucket_share))
             store = _shot_log(ledger, fetcher) if values.segments == "shots" else None
-            captioner = load_server(values, ledger) if values.server else load_batch_captioner(values)
             videos = chain(first, pending)
-            results = caption_videos(captioner, videos, config=config, reader=reader, fetcher=fetcher, store=store)
+            results = caption_videos(load(), videos, config=config, reader=reader, fetcher=fetcher, store=store)
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)

@@ -64,7 +64,7 @@ def keep_server_input(values: Namespace, job_file: Path) -> None:
         values.server_input = chosen if chosen in get_args(ServerInput) else "auto"
 
 
-def load_server(values: Namespace, ledger: "Ledger | None" = None) -> "ServerCaptioner":
+def load_server(values: Namespace, ledger: "Ledger") -> "ServerCaptioner":
     """Connect to the server that the flags describe, and record what it is sent; raises as `connect_captioner`."""
     from salmonn import dist
     from salmonn.caption.server_connection import connect_captioner
@@ -80,8 +80,7 @@ def load_server(values: Namespace, ledger: "Ledger | None" = None) -> "ServerCap
         reader=values.reader,
     )
     values.server_input = captioner.input
-    if ledger:
-        ledger.update_job(server_settings(values))
+    ledger.update_job(server_settings(values))
     if not values.quiet:
         sys.stderr.write(f"clips are sent to {captioner.name} as {captioner.input}\n")
     return captioner

@@ -1,19 +1,25 @@
 """Flags of `salmonn caption` for one caption of a whole video from those of its segments, and their run."""
 
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from salmonn.cli.caption_server import load_server
-from salmonn.cli.options import load_captioner, plural
+from salmonn.cli.options import plural
 from salmonn.config import FlagParser
 from salmonn.score.config import JudgeConfig, JudgeKind
 
 if TYPE_CHECKING:
+    from salmonn.batch.fetch import FetchConfig
+    from salmonn.batch.job import JobConfig
     from salmonn.batch.ledger_files import LedgerFiles
-    from salmonn.caption.fusion import FactCheck, Writer
+    from salmonn.caption.fusion import CaptionerWriter, FactCheck, Writer
+    from salmonn.caption.generator import BatchCaptioner
+    from salmonn.caption.worker import WorkerLimits
 
 FuseKind = Literal["rule", "model", "text-model"]
 _FLAGS = ("fuse_server", "fuse_model", "fuse_judge")
@@ -33,6 +39,8 @@ def add_fuse_options(parser: FlagParser) -> None:
     server = "OpenAI-compatible server of the text model, such as http://localhost:8000/v1 (default: OpenAI's)"
     group.add_argument("--fuse_server", type=str | None, default=None, help=server)
     group.add_argument("--fuse_model", type=str | None, default=None, help="name of the text model on its server")
+    limit = "token limit of a text by --fuse model (default: --max-new-tokens or the model's own limit, the higher one)"
+    group.add_argument("--fuse_max_new_tokens", type=int | None, default=None, help=limit)
     judges = (
         "count facts that are lost, changed or added, and ask a model once more for a text with such: "
         f"{', '.join(get_args(JudgeKind))} (the text model; rule only knows synthetic clips)"
@@ -42,6 +50,7 @@ def add_fuse_options(parser: FlagParser) -> None:
 
 def check_fuse_options(values: Namespace) -> None:
     """Raise a ValueError for flags that do not belong together."""
+    _check_token_limit(values)
     given = [f"--{name.replace('_', '-')}" for name in _FLAGS if values[name] is not None]
     if values.fuse is None:
         if given:
@@ -64,22 +73,63 @@ def check_fuse_options(values: Namespace) -> None:
         _llm_config(values)
 
 
-def run_fusion(values: Namespace, files: "LedgerFiles") -> int:
-    """Write the fused captions; return the number of videos that failed."""
+def _check_token_limit(values: Namespace) -> None:
+    if (limit := values.fuse_max_new_tokens) is None:
+        return
+    if values.fuse != "model":
+        raise ValueError("--fuse-max-new-tokens is for --fuse model; add that, or remove it")
+    if limit < 1:
+        raise ValueError(f"--fuse-max-new-tokens must be at least 1, got {limit}")
+
+
+def run_fusion(
+    values: Namespace,
+    files: "LedgerFiles",
+    *,
+    config: "JobConfig",
+    limits: "WorkerLimits",
+    fetch: "FetchConfig",
+    load: "Callable[[], BatchCaptioner]",
+) -> int:
+    """Write the fused captions; return the number of videos that failed.
+
+    Args:
+        values: flags of the command.
+        files: files of the run.
+        config: how videos are captioned; the captioning model fuses in the same way.
+        limits, fetch: limits for reading and fetching videos, for the captioning model.
+        load: returns the captioning model of the run.
+
+    Raises:
+        LLMStoppedError: a server takes no further request.
+    """
     from salmonn.batch.export import LatestCaptions
+    from salmonn.batch.fetch import Fetcher
     from salmonn.batch.fused import fuse_captions
     from salmonn.batch.ledger_files import FUSED_SUFFIX
+    from salmonn.caption.text_model import load_text_model, text_model_config
 
     latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
     out = files.captions.with_name(files.captions.stem + FUSED_SUFFIX)
-    stats = fuse_captions(
-        latest,
-        out,
-        settings=repr([values.fuse, values.server_model or values.model, *(values[one] for one in _FLAGS)]),
-        writer=_writer(values),
-        check=_fact_check(values),
-        on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
-    )
+    with ExitStack() as stack:
+        fetcher = stack.enter_context(Fetcher(fetch)) if values.fuse == "model" else None
+
+        def load_all() -> "tuple[Writer | None, FactCheck | None]":
+            writer: Writer | None = None
+            if values.fuse == "model":
+                writer = _captioner_writer(values, load(), config, limits, stack)
+            elif values.fuse == "text-model":
+                writer = load_text_model(text_model_config(url=values.fuse_server, model=values.fuse_model))
+            return writer, _fact_check(values)
+
+        stats = fuse_captions(
+            latest,
+            out,
+            settings=repr([values.fuse, values.server_model or values.model, *(values[one] for one in _FLAGS)]),
+            load=load_all,
+            on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
+            fetcher=fetcher,
+        )
     if not values.quiet:
         before = f", {stats.fused_before} there already" if stats.fused_before else ""
         sys.stderr.write(f"{plural(stats.fused, 'video')} fused in {out}{before}, {stats.failed} failed\n")
@@ -90,15 +140,24 @@ def run_fusion(values: Namespace, files: "LedgerFiles") -> int:
     return stats.failed
 
 
-def _writer(values: Namespace) -> "Writer | None":
-    from salmonn.caption.fusion import GeneratorWriter
-    from salmonn.caption.text_model import load_text_model, text_model_config
+def _captioner_writer(
+    values: Namespace, captioner: "BatchCaptioner", config: "JobConfig", limits: "WorkerLimits", stack: ExitStack
+) -> "CaptionerWriter":
+    from salmonn.caption.fusion import CaptionerWriter
+    from salmonn.caption.generator import Sampling
+    from salmonn.caption.loader import ClipReader
 
-    if values.fuse == "text-model":
-        return load_text_model(text_model_config(url=values.fuse_server, model=values.fuse_model))
-    if values.fuse == "model":
-        return GeneratorWriter(load_server(values) if values.server else load_captioner(values))
-    return None
+    limit = max(config.max_new_tokens or 0, captioner.default_sampling().max_new_tokens)
+    sampling = replace(
+        config.request.sampling or Sampling(), max_new_tokens=values.fuse_max_new_tokens or limit, logprobs=None
+    )
+    reader = ClipReader(workers=1 if values.workers is None else values.workers, limits=limits)
+    return CaptionerWriter(
+        captioner,
+        template=replace(config.request, sampling=sampling),
+        reader=stack.enter_context(reader),
+        batch_size=config.batch_size,
+    )
 
 
 def _llm_config(values: Namespace) -> JudgeConfig:

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import tarfile
 
 import pytest
 
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.fused import fuse_captions
 from salmonn.records import Caption, read_records, write_records
+from tests.caption.served_model import describe, images_of, sound_of
 from tests.score.fake_llm_server import Answer, FakeLLMServer
 
 
@@ -32,8 +34,8 @@ def run(folder, captions, settings="rule", writer=None):
     )
     failures: list[str] = []
     stats = fuse_captions(
-        LatestCaptions([folder / "captions.jsonl"]), folder / "captions.fused.jsonl", settings=settings, writer=writer,
-        check=None, on_failure=failures.append,
+        LatestCaptions([folder / "captions.jsonl"]), folder / "captions.fused.jsonl", settings=settings,
+        load=lambda: (writer, None), on_failure=failures.append,
     )  # fmt: skip
     fused = read_records(folder / "captions.fused.jsonl", Caption)
     return stats, failures, {one.video: one.text for one in fused}
@@ -158,11 +160,62 @@ def test_the_captioning_model_fuses(folder, call, tmp_path):
     assert fused.fusion.writer == first.model and fused.fusion.num_requests == 1 and fused.text and fused.prompt == ""
 
 
+def test_a_served_model_fuses_as_it_captions(folder, serve, call, tmp_path):
+    """One client for both: one probe, and one budget; requests have the run's modality, frames and sampling."""
+    server = serve(lambda request, number: Answer(f"{describe(request)}, {number}"))
+    flags = ["--server", server.url, "--server-model", "m", "--server-input", "frames", "--workers", 1]
+    flags += ["--modality", "visual", "--frames", 3, "--segments", 2, "--temperature", 0.5, "--max-new-tokens", 2000]
+    out = tmp_path / "captions.jsonl"
+    code, _, err = call("caption", folder / "0.mp4", "--out", out, *flags)
+    assert code == 0, err
+    num_without = len(server.requests)
+    num_probes = num_without - len(read_records(out, Caption))
+    out.unlink()
+    fuse_flags = [*flags, "--fuse", "model", "--max-requests", num_without]
+    code, _, err = call("caption", folder / "0.mp4", "--out", out, *fuse_flags)
+    assert code == 2 and f"the cap of {num_without} requests is reached" in err and "is not fused" not in err
+    assert len(server.requests) == 2 * num_without
+    code, _, err = call("caption", folder / "0.mp4", "--out", out, *fuse_flags)
+    assert code == 0 and "1 video fused" in err and len(server.requests) == 2 * num_without + num_probes + 1
+    request = server.requests[-1]
+    assert len(images_of(request)) == 3 and sound_of(request) is None and "parts of one video" in str(request)
+    assert (request["temperature"], request["max_tokens"]) == (0.5, 2000)
+    code, _, err = call("caption", folder / "0.mp4", "--out", out, *fuse_flags)  # no model is needed
+    assert code == 0 and "1 there already" in err and len(server.requests) == 2 * num_without + num_probes + 1
+
+
+def test_the_captioning_model_fuses_members_of_archives(folder, call, tmp_path):
+    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
+        archive.add(folder / "0.mp4", "0.mp4")
+    flags = ("--out", tmp_path / "captions.jsonl", "--segments", 2, "--fuse", "model", "--scratch-dir", tmp_path)
+    code, _, err = call("caption", tmp_path / "clips.tar", *flags, "--workers", 1)
+    assert code == 0, err
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    assert fused.video == f"{tmp_path / 'clips.tar'}::0.mp4" and fused.fusion.num_requests == 1
+    assert not list(tmp_path.glob("salmonn-scratch-*"))
+
+
+def test_a_text_that_is_cut_off_is_a_failure(folder, call, tmp_path):
+    """So is a file that has been deleted; the next run tries again."""
+    video, out = folder / "0.mp4", tmp_path / "captions.jsonl"
+    command = ("--out", out, "--segments", 2, "--fuse", "model", "--workers", 1)
+    code, _, err = call("caption", video, *command, "--fuse-max-new-tokens", 2)
+    assert code == 1 and "was cut off at 2 tokens; increase --fuse-max-new-tokens" in err
+    video.rename(tmp_path / "moved.mp4")
+    code, _, err = call("caption", folder / "more" / "1.mp4", *command)
+    assert code == 1 and "0.mp4 is not fused" in err and "no such file" in err, err
+    (tmp_path / "moved.mp4").rename(video)
+    assert call("caption", video, *command)[0] == 0
+    assert {one.video for one in read_records(tmp_path / "captions.fused.jsonl", Caption)} >= {str(video)}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--fuse"], "--fuse makes one caption from those of segments; add --segments"),
         (["--fuse-model", "m"], "--fuse-model needs --fuse"),
+        (["--fuse", "rule", "--segments", "2", "--fuse-max-new-tokens", "9"], "is for --fuse model"),
+        (["--fuse", "model", "--segments", "2", "--fuse-max-new-tokens", "0"], "must be at least 1, got 0"),
         (
             ["--fuse", "--segments", "2", "--prompts", "PROMPTS"],
             "--fuse makes one caption of each video, and --prompts",

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from salmonn.caption.fusion import REPAIR, FactCheck, FusionError, GeneratorWriter, clock, fuse
+from salmonn.caption.fusion import REPAIR, CaptionerWriter, FactCheck, FusionError, clock, fuse
+from salmonn.caption.generator import CaptionRequest, SegmentResult
 from salmonn.records import Caption, Event
 from salmonn.score.events import list_events
 from salmonn.synthetic.judge import RuleJudge
@@ -43,6 +45,13 @@ class ScriptedWriter:
         texts = re.findall(r"^\[\S+ - \S+\] (.*(?:\n(?!\[).*)*)", prompt, re.MULTILINE)
         text = write(texts)
         return text if isinstance(text, Caption) else Caption(str(request.path), text, model="scripted")
+
+
+class SilentCaptioner:
+    """Replies to each request with an empty text."""
+
+    def caption_batches(self, requests, **_):
+        yield [SegmentResult(number, 1, Caption(str(one.path), "")) for number, one in enumerate(requests)]
 
 
 def test_by_rule_each_fact_is_kept_with_its_time():
@@ -143,10 +152,7 @@ def test_a_model_that_shortens_is_asked_level_by_level():
     ("writer", "message"),
     [
         (ScriptedWriter(lambda texts: Caption("", "A red", model="m", finished=False)), "cut off at the token limit"),
-        (
-            GeneratorWriter(type("Broken", (), {"name": "m", "generate": lambda *_: [[Caption("", "")]]})()),
-            "empty text",
-        ),
+        (CaptionerWriter(SilentCaptioner(), template=CaptionRequest(Path()), reader=None), "empty text"),
     ],
 )
 def test_a_model_without_an_answer_is_an_error(writer, message):
