@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from salmonn.batch.remote import LOCAL_PREFIX, SCHEMES, RemoteError, attempt, is_url, name_of, scheme_of, store_of
+from salmonn.batch.remote import (
+    LOCAL_PREFIX,
+    SCHEMES,
+    RemoteError,
+    attempt,
+    is_url,
+    name_of,
+    scheme_of,
+    store_of,
+    without_secrets,
+)
 
 MEMBER_SEPARATOR = "::"
 CONTAINER_SUFFIXES = (".tar", ".parquet")
@@ -56,6 +66,12 @@ def split_member(path: str) -> tuple[str, str] | None:
     """Split the path of a member into those of the container and of what is inside; None for any other path."""
     match = _MEMBER.fullmatch(path)
     return None if match is None else (match[1], match[2])
+
+
+def recorded_path(path: str) -> str:
+    """Return a path as records have it: URLs, also of containers, without passwords and signatures."""
+    container, member = split_member(path) or (path, "")
+    return f"{without_secrets(container)}{MEMBER_SEPARATOR if member else ''}{member}"
 
 
 def source_path(path: str) -> Path | None:

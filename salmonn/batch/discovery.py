@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -29,6 +29,7 @@ from salmonn.batch.containers import (
     is_container,
     is_tar,
     parquet_rows,
+    recorded_path,
     split_member,
     tar_members,
 )
@@ -42,6 +43,7 @@ from salmonn.batch.remote import (
     list_folder,
     look_up,
     name_of,
+    redact,
 )
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.media.container import ClipError
@@ -63,15 +65,18 @@ class VideoFile:
     """A file to caption, as it was when it was listed.
 
     Args:
-        path: path as the user named it, or URL; for a member of a container see `containers`.
+        path: path as the user named it, or URL without password and signature; for a member of a container see
+            `containers`.
         size_bytes, modified_ns, etag: as in `Caption`; None if there is no such file. A member of a container has its
             own size, and time and ETag of the container.
+        address: the path with password and signature, which is never recorded; "" where there are none.
     """
 
     path: str
     size_bytes: int | None = None
     modified_ns: int | None = None
     etag: str | None = None
+    address: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,21 @@ class VideoListing:
             elif self.shard.holds(found):
                 yield stat_video(found)
 
+    def addresses(self) -> dict[str, str]:
+        """Return the named URLs with a password or a signature, by their recorded paths; nothing is looked up.
+
+        Of URLs with a password there are also those of their hosts, for the files in folders.
+        """
+        if self.list_path is not None:
+            self.require_any()
+        found: dict[str, str] = {}
+        for path in (one for named in self._named() for one in _expand_local(named)):
+            if (recorded := recorded_path(path)) != path:
+                found[recorded] = path
+                if "@" in _origin(path):
+                    found[_origin(recorded)] = _origin(path)
+        return found
+
     def _named(self) -> Iterator[str]:
         yield from self.paths
         if self.list_path == STDIN:
@@ -221,7 +241,7 @@ def stat_video(path: str) -> VideoFile | Failure:
         try:
             return _stat_elsewhere(path)
         except RemoteError as error:
-            return Failure(path, str(error))
+            return _failure(path, error)
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -232,6 +252,20 @@ def stat_video(path: str) -> VideoFile | Failure:
     except (OSError, ValueError):  # the latter for what cannot be a file name
         return VideoFile(path)
     return VideoFile(path, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else VideoFile(path)
+
+
+def address_of(path: str, addresses: Mapping[str, str]) -> str:
+    """Return the address of a recorded path, with the password or signature that was named; see `addresses`."""
+    container, _ = split_member(path) or (path, "")
+    if container in addresses:
+        return addresses[container] + path[len(container) :]
+    if is_url(path) and (origin := _origin(path)) in addresses:
+        return addresses[origin] + path[len(origin) :]
+    return path
+
+
+def _origin(url: str) -> str:
+    return "/".join(url.split("/")[:3])
 
 
 def path_number(path: str) -> int:
@@ -288,7 +322,17 @@ def _expand_local(path: str) -> Iterator[str]:
 
 
 def _to_video(found: RemoteFile) -> VideoFile:
-    return VideoFile(found.url, found.size_bytes, found.modified_ns, found.etag)
+    return _video(found.url, found.size_bytes, found.modified_ns, found.etag)
+
+
+def _video(address: str, size_bytes: int | None, modified_ns: int | None, etag: str | None) -> VideoFile:
+    path = recorded_path(address)
+    return VideoFile(path, size_bytes, modified_ns, etag, "" if path == address else address)
+
+
+def _failure(address: str, error: RemoteError | str) -> Failure:
+    container, _ = split_member(address) or (address, "")
+    return Failure(recorded_path(address), redact(str(error), container))
 
 
 def _stat_elsewhere(path: str) -> VideoFile:
@@ -301,7 +345,7 @@ def _stat_elsewhere(path: str) -> VideoFile:
         raise RemoteError(found.reason)
     version = (found.modified_ns, found.etag)
     size = find_member(container, name, version).size_bytes if is_tar(container) else None
-    return VideoFile(path, size, *version)
+    return _video(path, size, *version)
 
 
 def _walk_remote(
@@ -311,7 +355,7 @@ def _walk_remote(
     try:
         entries = list_folder(url)
     except RemoteError as error:
-        yield Failure(url, str(error))
+        yield _failure(url, error)
         return
     for one in entries:
         parts = (*inside, name_of(one.url))
@@ -334,23 +378,23 @@ def _walk_container(
         members, reason = tar_members(path, version)
         for one in members.values():
             if is_media(one.name):
-                yield VideoFile(f"{path}{MEMBER_SEPARATOR}{one.name}", one.size_bytes, *version)
+                yield _video(f"{path}{MEMBER_SEPARATOR}{one.name}", one.size_bytes, *version)
             else:
                 on_skip(one.name)
         if reason:
-            yield Failure(path, reason)
+            yield _failure(path, reason)
         return
     try:
         rows = (f"{path}{MEMBER_SEPARATOR}{row}" if isinstance(row, int) else row for row in parquet_rows(path, column))
         for name, remote in expand_ahead(rows):
             if remote is None:
-                yield name if split_member(name) is None else VideoFile(name, None, *version)
+                yield name if split_member(name) is None else _video(name, None, *version)
             elif isinstance(remote, Failure):
                 yield remote
             else:
                 yield from map(_to_video, remote)
     except RemoteError as error:
-        yield Failure(path, str(error))
+        yield _failure(path, error)
 
 
 def _walk_folder(

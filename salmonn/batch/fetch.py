@@ -10,7 +10,9 @@ Decoders need a file that they can seek in and read twice, and worker processes 
 
 import fcntl
 import os
+import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -26,7 +28,7 @@ from fsspec.callbacks import Callback
 
 from salmonn.batch.containers import VIDEO_COLUMN, ParquetRows, find_member, is_tar, open_container, split_member
 from salmonn.batch.discovery import VideoFile, stat_video
-from salmonn.batch.remote import RemoteError, attempt, is_url, name_of, scheme_of, store_of
+from salmonn.batch.remote import RemoteError, attempt, is_url, name_of, redact, scheme_of, store_of
 from salmonn.records import Failure
 
 NUM_FETCHING = 4  # files fetched at the same time
@@ -67,7 +69,7 @@ class FetchConfig:
 class Fetcher(AbstractContextManager["Fetcher"]):
     """Fetches files ahead of their use; files that are on this machine already are used where they are.
 
-    Scratch folders of killed runs are deleted by the next run that needs one.
+    Scratch folders of killed runs are deleted by the next run on this machine that needs one.
     """
 
     def __init__(self, config: FetchConfig | None = None) -> None:
@@ -196,14 +198,16 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def _fail(self, video: VideoFile, reason: str) -> None:
         with self._lock:
-            self._reasons[video.path] = reason
+            container, _ = split_member(video.address) or (video.address, "")
+            self._reasons[video.path] = redact(reason, container)
             self._held[video.path] = 0
 
     def _copy(self, video: VideoFile, out: Path) -> None:
-        split = split_member(video.path)
+        address = video.address or video.path
+        split = split_member(address)
         guard = _Guard(self, video)
         if split is None:
-            _download(video.path, out, guard)
+            _download(address, out, guard)
             return
         container, name = split
         version = (video.modified_ns, video.etag)
@@ -287,9 +291,15 @@ def _copy_blocks(file: BinaryIO, out: Path, guard: _Guard, *, size: int | None =
 
 
 def _make_scratch(parent: Path | None) -> tuple[Path, int]:
-    """Make a scratch folder, locked while this process lives, and delete those of processes that have died."""
+    """Make a scratch folder, locked while this process lives, and delete those of processes that have died.
+
+    Only those of this machine: on a shared disk, locks of another machine may not be visible here.
+    """
     parent = parent or Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_PREFIX}*"):
+    prefix = f"{_PREFIX}{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}-"
+    for left in parent.glob(f"{prefix}*"):
+        if "-" in left.name[len(prefix) :]:  # of a machine whose name begins with this one's
+            continue
         with suppress(OSError):
             handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -299,7 +309,7 @@ def _make_scratch(parent: Path | None) -> tuple[Path, int]:
             finally:
                 os.close(handle)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):  # another process may delete it before it is locked
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             with suppress(OSError):  # no locks there

@@ -21,11 +21,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from salmonn.batch.containers import VIDEO_COLUMN, is_container
-from salmonn.batch.discovery import VideoFile, VideoListing, stat_video
+from salmonn.batch.containers import is_container
+from salmonn.batch.discovery import VideoFile, VideoListing, address_of, stat_video
 from salmonn.batch.ledger_files import (
     FAILED_SUFFIX,
     VERSION_FIELDS,
@@ -151,22 +152,26 @@ class Ledger:
             return "pending"
         return "failed in part" if version in self._failed_in_part else "done"
 
-    def to_retry(self, *, globs: Sequence[str] = (), column: str = VIDEO_COLUMN) -> Iterator[VideoFile | Failure]:
+    def to_retry(self, listing: VideoListing | None = None) -> Iterator[VideoFile | Failure]:
         """List this shard's videos that failed in earlier runs and have not succeeded since, as they are now.
 
         Args:
-            globs, column: for a folder or container that could not be listed; see `VideoListing`.
+            listing: its globs and column, for a folder or container that could not be listed; and the passwords and
+                signatures of its URLs, which are not recorded.
         """
+        listing = listing or VideoListing()
+        addresses = listing.addresses()
         listed: set[str] = set()
         for failure in self._failures():
             name = failure.video
             if name in listed or not self.files.shard.holds(name):
                 continue
-            now = stat_video(name)
+            address = address_of(name, addresses)
+            now = stat_video(address)
             if os.path.lexists(_unescape(name)):
                 yield failure  # the file still has a name that no record can hold
             elif _is_collection(failure):
-                found = VideoListing([name], globs=globs, shard=self.files.shard, column=column).videos()
+                found = replace(listing, paths=[address], list_path=None, shard=self.files.shard).videos()
                 yield from (one for one in found if isinstance(one, Failure) or self.status(one) in UNFINISHED)
             elif isinstance(now, Failure) or (
                 _segment_key(failure) in self._failed if _key(failure) == _key(now) else self.status(now) in UNFINISHED

@@ -11,11 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from hashlib import blake2b
 from importlib.util import find_spec
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote_plus
 
+from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Failure
 
 if TYPE_CHECKING:
@@ -37,6 +39,22 @@ _CREDENTIALS = {
 }
 _DENIED_NAMES = {"NoCredentialsError", "PartialCredentialsError", "GatedRepoError", "DefaultCredentialsError"}
 _MISSING_NAMES = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "NoSuchBucket"}
+# Query parameters of HTTP URLs: signatures of S3, CloudFront, Google, Azure, Alibaba, Tencent and Akamai, and secrets.
+_SIGNATURE = re.compile(
+    r"signature|sig|(aws|oss)accesskeyid|googleaccessid|security-token|key-pair-id|hmac|hdnts|hdnea|__token__|__gda__|"
+    r"(x-amz|x-goog|x-oss|x-obs|x-cos-security)-.*|q-(sign-.*|ak|key-time|header-list|url-param-list|signature)|"
+    r"password|secret|api[_-]?key",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"token|(access|auth)_?token|auth|jwt", re.IGNORECASE)
+# Parameters that belong to one of these three, and otherwise may be the server's own.
+_WITH_OTHERS = re.compile(r"signature|sig|token", re.IGNORECASE)
+_OTHERS = re.compile(
+    r"expires|expiry|exp|policy|hash-algorithm|token_path|"
+    r"sv|ss|srt|sp|se|st|spr|sip|si|sr|skoid|sktid|skt|ske|sks|skv|sdd|saoid|suoid|scid|ses",
+    re.IGNORECASE,
+)
+_HASHED = "hash-"
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,50 @@ def name_of(url: str) -> str:
     """Return the file name at the end of a URL, without the query of an HTTP URL."""
     path = re.split(r"[?#]", url)[0] if scheme_of(url) in ("http", "https") else url
     return path.rstrip("/").rpartition("/")[2]
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL as it is recorded: without user, password, and the parameters of signatures and access tokens.
+
+    So a newly signed URL names the same video. Where an HTTP URL does not end in the name of a video, an access token
+    may be all that tells two videos apart, and its hash remains. Paths that are not URLs stay as they are.
+    """
+    if not is_url(url):
+        return url
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() not in ("http", "https"):
+        host, slash, path = rest.partition("/")
+        user, at, host = host.rpartition("@")
+        return f"{scheme}://{user.partition(':')[0]}{at}{host}{slash}{path}"
+    address, hash_sign, fragment = rest.partition("#")
+    address, question, query = address.partition("?")
+    host, slash, path = address.partition("/")
+    fields = [(unquote_plus(one.partition("=")[0]), one) for one in query.split("&")]
+    has_others = any(_WITH_OTHERS.fullmatch(name) for name, _ in fields)
+    suffix = f".{path.rpartition('/')[2].rpartition('.')[2].lower()}"
+    is_named = suffix in VIDEO_SUFFIXES | AUDIO_SUFFIXES | {".tar", ".parquet"}
+    kept = []
+    for name, field in fields:
+        if _TOKEN.fullmatch(name):
+            kept += [] if is_named else [_hash_value(field)]
+        elif not (_SIGNATURE.fullmatch(name) or (has_others and _OTHERS.fullmatch(name))):
+            kept.append(field)
+    query = question + "&".join(kept) if kept else ""
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{query}{hash_sign}{fragment}"
+
+
+def _hash_value(field: str) -> str:
+    name, _, value = field.partition("=")
+    if re.fullmatch(rf"{_HASHED}[0-9a-f]{{16}}", value):
+        return field
+    return f"{name}={_HASHED}{blake2b(value.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
+
+
+def redact(text: str, url: str = "") -> str:
+    """Return a message with its URLs, among them `url`, as they are recorded; see `without_secrets`."""
+    if url:
+        text = text.replace(url, without_secrets(url))
+    return re.sub(r"(https?://[^\s'\"<>]+?)(?=[:;,.)]*(?:[\s'\"<>]|$))", lambda found: without_secrets(found[1]), text)
 
 
 @lru_cache
@@ -119,12 +181,13 @@ def store_of(url: str) -> tuple["AbstractFileSystem", str]:
 def explain(url: str, error: BaseException) -> str:
     """Say in one sentence why a remote file is not available, and what to do."""
     error = _origin(error)
+    detail = " ".join(redact(str(error), url).split())[:200] or type(error).__name__
+    url = without_secrets(url)
     scheme, names = scheme_of(url), {kind.__name__ for kind in type(error).__mro__}
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    detail = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, PermissionError) or names & _DENIED_NAMES or status in (401, 403):
         bucket = "/".join(url.partition("://")[2].split("/")[: 3 if scheme == "hf" else 1])
-        remedy = _CREDENTIALS.get(scheme, "check the URL and its access token")
+        remedy = _CREDENTIALS.get(scheme, "check the URL and its signature or access token, which are not recorded")
         return f"{url}: access to {scheme}://{bucket} was denied ({detail}); {remedy}"
     if isinstance(error, FileNotFoundError) or names & _MISSING_NAMES:
         private = f"; if it is private, {_CREDENTIALS['hf']}" if scheme == "hf" else ""
@@ -219,7 +282,7 @@ def expand_ahead(paths: Iterable[str]) -> Iterator[tuple[str, list[RemoteFile] |
                 try:
                     yield path, None if future is None else future.result()
                 except RemoteError as error:
-                    yield path, Failure(path, str(error))
+                    yield path, Failure(without_secrets(path), redact(str(error), path))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

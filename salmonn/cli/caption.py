@@ -81,7 +81,7 @@ def _dry_run(values: Namespace) -> int:
     with remote_output(values, listing.shard), _open_ledger(values, files, read_only=True) as ledger:
         # Without a limit on failures: folders that cannot be listed are counted as they are in a run.
         job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
-        found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()
+        found = ledger.to_retry(listing) if values.retry_failed else listing.videos()
         sizes = [video.size_bytes or 0 for _, video in job.pending(found)]
     chosen = sizes[: values.limit]
     videos, gib = plural(len(chosen), "video"), sum(chosen) / (1 << 30)
@@ -217,7 +217,7 @@ def _run(
     from salmonn.batch.job import caption_videos, show_progress
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
-    retried = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else None
+    retried = ledger.to_retry(listing) if values.retry_failed else None
     pending = job.pending(retried or listing.videos())
     pending = islice(pending, values.limit)
     # Before anything is started: without pending videos, no model is needed.

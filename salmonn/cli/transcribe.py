@@ -144,7 +144,7 @@ def _count(values: Namespace, ledger: "Ledger", listing: "VideoListing") -> int:
     from salmonn.batch.job import CaptionJob
 
     job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
-    found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()
+    found = ledger.to_retry(listing) if values.retry_failed else listing.videos()
     videos = [video for _, video in islice(job.pending(found), values.limit)]
     sys.stdout.write(f"would transcribe {plural(len(videos), 'video')}\n")
     report_skipped(job.stats, listing, ledger.files, sys.stdout)
@@ -169,7 +169,7 @@ def _transcribe(
             subtitles=subtitles,
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
         )
-        found = ledger.to_retry(globs=values.glob, column=values.column) if values.retry_failed else listing.videos()
+        found = ledger.to_retry(listing) if values.retry_failed else listing.videos()
         pending = islice(job.pending(found), values.limit)
         speed = _run(job, pending, values=values, config=config, limits=limits)
         job.finish()

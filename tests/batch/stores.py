@@ -31,12 +31,14 @@ class FileServer:
         files: contents by path.
         requests: number of requests by method and path.
         failing: paths with the status of each next answer.
+        authorizations: the `Authorization` header of each request.
     """
 
     def __init__(self, *, ranges: bool = True) -> None:
         self.files: dict[str, bytes] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
         self.failing: dict[str, list[int]] = {}
+        self.authorizations: list[str | None] = []
         self.ranges = ranges
         handler = type("Handler", (_Handler,), {"store": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -67,6 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         store, path = self.store, unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         store.requests[self.command, path] += 1
+        store.authorizations.append(self.headers.get("Authorization"))
         if codes := store.failing.get(path):
             status, data, headers = codes.pop(0), b"", {}
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.discovery import VideoFile, stat_video
+from salmonn.batch.discovery import VideoFile, VideoListing, stat_video
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.records import Caption, Failure, read_records
 from tests.batch.ledger_records import (
@@ -112,7 +112,9 @@ def test_a_folder_that_could_not_be_listed_is_listed_again(files, tmp_path):
         ledger.fail([failure(str(tmp_path / "sub"), size=None)])
         ledger.write([replace(caption(str(tmp_path / "sub" / "a.mp4")), modified_ns=time_ns)])
     with opened(files) as ledger:
-        assert [video.path for video in ledger.to_retry(globs=["*.mp4"])] == [str(tmp_path / "sub" / "b.mp4")]
+        assert [video.path for video in ledger.to_retry(VideoListing(globs=["*.mp4"]))] == [
+            str(tmp_path / "sub" / "b.mp4")
+        ]
 
 
 def test_other_settings_are_rejected(files):

@@ -3,10 +3,12 @@
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import fsspec
 import pyarrow
@@ -15,9 +17,9 @@ from pyarrow import parquet
 
 from salmonn.batch import remote
 from salmonn.batch.containers import source_path
-from salmonn.batch.discovery import Shard, VideoFile, VideoListing, stat_video
+from salmonn.batch.discovery import Shard, VideoFile, VideoListing, address_of, stat_video
 from salmonn.batch.fetch import FetchConfig, Fetcher
-from salmonn.batch.remote import expand_braces
+from salmonn.batch.remote import expand_braces, redact, without_secrets
 from salmonn.media.container import ClipError
 from salmonn.records import Caption, Failure, read_records
 from tests.batch.stores import FileServer
@@ -103,7 +105,7 @@ def test_unknown_schemes_and_missing_packages_are_named(monkeypatch):
 def test_a_web_server_is_asked_again_and_its_failures_are_those_of_the_file(web, tmp_path):
     web.files = {"/a.mp4": b"first", "/b c.mp4": b"second", "/flaky.mp4": b"third", "/large.mp4": b"x" * 5000}
     web.failing = {"/gone.mp4": [404] * 9, "/secret.mp4": [403] * 9}
-    names = ["a.mp4?token=1%2F2", "b c.mp4", "gone.mp4", "secret.mp4"]
+    names = ["a.mp4?part=1%2F2", "b c.mp4", "gone.mp4", "secret.mp4"]
     list_path = tmp_path / "list.txt"
     list_path.write_text("".join(f"{web.url}/{name}\n" for name in names))
     found = list(VideoListing(list_path=str(list_path)).videos())
@@ -123,6 +125,103 @@ def test_a_web_server_is_asked_again_and_its_failures_are_those_of_the_file(web,
         ((_, _, path),) = fetcher.ahead(enumerate(video))
         assert path.read_bytes() == b"third" and path.parent.exists()
     assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("clips/a.mp4?token=1", None),
+        ("s3://bucket/a.mp4?token=1", None),
+        ("https://h/a.mp4?versionId=7&part=1%2F2#t=5", None),
+        ("https://h/a.mp4?Expires=5&st=1", None),  # without a signature they are the server's own
+        ("https://user:pw@h:81/a.mp4", "https://h:81/a.mp4"),
+        ("sftp://user:pw@h/a.mp4", "sftp://user@h/a.mp4"),
+        ("abfs://box@account.net/a.mp4", None),
+        (
+            "https://h/a.mp4?X-Amz-Algorithm=A&X-Amz-Credential=K%2F1&versionId=7&X-Amz-Date=1&X-Amz-Signature=S#t=5",
+            "https://h/a.mp4?versionId=7#t=5",
+        ),
+        ("https://h/a?AWSAccessKeyId=K&Signature=S&Expires=5", "https://h/a"),
+        ("https://h/a?X-Goog-Signature=S&X-Goog-Expires=5", "https://h/a"),
+        ("https://h/a.mp4?Expires=5&Policy=P&Signature=S&Key-Pair-Id=K", "https://h/a.mp4"),
+        ("https://h/a.mp4?sv=2024&st=1&se=2&sr=b&sp=r&sig=S&snapshot=9", "https://h/a.mp4?snapshot=9"),
+        ("https://h/A.MP4?Token=T&expires=5&quality=hd", "https://h/A.MP4?quality=hd"),
+        ("https://h/get?id=3&token=T", "https://h/get?id=3&token=hash-5e1f6993fb941fa7"),
+    ],
+)
+def test_passwords_and_signatures_are_not_recorded(url, expected):
+    assert without_secrets(url) == (expected or url) == without_secrets(without_secrets(url))
+    assert redact(f"{url}: denied ('{url}')", url) == f"{expected or url}: denied ('{expected or url}')"
+
+
+class SigningServer(FileServer):
+    """A web server that sends files only to those who have the current signature."""
+
+    signature = "first"
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        if parse_qs(urlsplit(path).query).get("X-Amz-Signature") != [self.signature]:
+            return 403, b"", {}
+        return super().answer(method, path, body)
+
+
+@pytest.fixture
+def signing():
+    server = SigningServer()
+    yield server
+    server.close()
+
+
+def test_a_newly_signed_list_captions_only_what_is_left(videos, caption, signing, tmp_path, monkeypatch):
+    """Videos and an archive; one signature expires between listing and fetching, and is not in any file."""
+    members = {"x.mp4": videos[1].read_bytes()}
+    signing.files = {f"/{number}.mp4": videos[number].read_bytes() for number in (0, 2)} | {"/s.tar": tar_of(members)}
+    names = ("0.mp4", "2.mp4", "s.tar")
+
+    def sign(signature: str, *named: str) -> list[str]:
+        return [f"{signing.url}/{name}?X-Amz-Credential=K%2F1&X-Amz-Signature={signature}" for name in named]
+
+    list_path = tmp_path / "list.txt"
+    list_path.write_text("\n".join([*sign("first", "0.mp4", "s.tar"), *sign("secret", "2.mp4")]))
+    expired = Fetcher._copy
+
+    def expire(self, video, out):  # after it was listed
+        if video.path.endswith("0.mp4"):
+            signing.signature = "second"
+        expired(self, video, out)
+
+    monkeypatch.setattr("salmonn.batch.fetch.NUM_FETCHING", 1)
+    monkeypatch.setattr(Fetcher, "_copy", expire)
+    code, err = caption("--list", list_path)
+    assert code == 1 and "0.mp4: access to http://127.0.0.1" in err
+    failures = read_records(tmp_path / "captions.failed.jsonl", Failure)
+    assert {one.video for one in failures} == {f"{signing.url}/{name}" for name in ("0.mp4", "2.mp4", "s.tar::x.mp4")}
+    monkeypatch.setattr(Fetcher, "_copy", expired)
+    list_path.write_text("\n".join(sign("second", *names)))
+    code, err = caption("--list", list_path, "--retry-failed")
+    assert code == 0, err
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    assert {one.video for one in captions} == {one.video for one in failures} and len(captions) == 3
+    signing.signature = "third"
+    list_path.write_text("\n".join(sign("third", *names)))
+    code, err = caption("--list", list_path, "--export", "csv")
+    assert code == 0 and "3 videos already done, skipped" in err
+    for path in tmp_path.rglob("captions*"):
+        assert b"X-Amz" not in path.read_bytes() and b"secret" not in path.read_bytes()
+    assert "X-Amz" not in err
+
+
+def test_passwords_in_urls_are_used_and_not_recorded(web):
+    web.files = {"/a.mp4": b"first", "/s.tar": tar_of({"x.mp4": b"second"})}
+    place = web.url.removeprefix("http://")
+    urls = [f"http://user:pass@{place}/{name}" for name in ("a.mp4", "s.tar", "gone.mp4")]
+    found = fetched(*urls[:2])
+    assert found == {f"{web.url}/a.mp4": b"first", f"{web.url}/s.tar::x.mp4": b"second"}
+    assert web.authorizations and set(web.authorizations) == {"Basic dXNlcjpwYXNz"}
+    video, _, gone = listed(*urls)
+    assert gone.video == f"{web.url}/gone.mp4" and "pass" not in gone.reason + repr(video)
+    addresses = VideoListing([f"http://user:pass@{place}/clips/"]).addresses()
+    assert address_of(f"{web.url}/clips/s.tar::x.mp4", addresses) == f"http://user:pass@{place}/clips/s.tar::x.mp4"
 
 
 def test_limits_of_a_file(web):
@@ -160,14 +259,21 @@ def test_files_are_fetched_ahead_up_to_a_size():
 
 def test_the_scratch_of_a_killed_run_is_deleted(tmp_path):
     with Fetcher(FetchConfig(folder=tmp_path)) as first, Fetcher(FetchConfig(folder=tmp_path)) as second:
-        (tmp_path / "salmonn-scratch-left").mkdir()
-        (tmp_path / "salmonn-scratch-left" / "a.mp4").write_bytes(b"x")
+        host = socket.gethostname()
+        # Locks of another machine may not be visible on this one.
+        for name in (f"{host}-left", f"{host}-2-theirs", "other-theirs"):
+            (tmp_path / f"salmonn-scratch-{name}").mkdir()
+            (tmp_path / f"salmonn-scratch-{name}" / "a.mp4").write_bytes(b"x")
         store = fsspec.filesystem("memory")
         store.pipe("/one.mp4", b"x")
         for fetcher in (first, second):
             assert [path.read_bytes() for _, _, path in fetcher.ahead(enumerate(listed("memory://one.mp4")))] == [b"x"]
-        assert len(list(tmp_path.iterdir())) == 2
-    assert not list(tmp_path.iterdir())
+        assert len(list(tmp_path.iterdir())) == 4
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "a.mp4",
+        f"salmonn-scratch-{host}-2-theirs",
+        "salmonn-scratch-other-theirs",
+    }
 
 
 def test_datasets_on_the_hub(hub):
