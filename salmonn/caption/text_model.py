@@ -45,7 +45,7 @@ class TextModel:
             str(request.path),
             response.text.strip(),
             prompt=request.prompt or "",
-            model=self._client.name,
+            model=self._client.config.model,
             finished=not response.is_truncated,
         )
 

@@ -125,7 +125,7 @@ def run_fusion(
         stats = fuse_captions(
             latest,
             out,
-            settings=repr([values.fuse, values.server_model or values.model, *(values[one] for one in _FLAGS)]),
+            settings=repr([values.fuse, values.server_model or values.model, values.fuse_model, values.fuse_judge]),
             load=load_all,
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
             fetcher=fetcher,

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from salmonn.caption.presets import CaptionSettings, DatasetLayout, Preset
     from salmonn.caption.shape import CaptionShape, Shape
 
-# Settings of the shape that captions depend on. Those of a preset are resolved before they are compared.
+# Settings of the shape that captions depend on. Those of a preset are resolved before they are compared. The same text
+# model may be served at another address when a run is resumed.
 SHAPE_SETTINGS = (
-    "words", "include", "avoid", "language", "template", "prefix", "suffix", "trigger", "refine", "refine_server",
-    "refine_model", "prompts",
+    "words", "include", "avoid", "language", "template", "prefix", "suffix", "trigger", "refine", "refine_model",
+    "prompts",
 )  # fmt: skip
 
 

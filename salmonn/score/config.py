@@ -60,12 +60,8 @@ class LLMConfig:
         caps = (self.max_requests, self.max_tokens, self.max_reply_tokens)
         if any(isinstance(cap, int) and cap < 1 for cap in caps):
             raise ValueError("max_requests, max_tokens and max_reply_tokens must be at least 1 if given")
-        address = urlsplit(self.base_url or "https://localhost")
-        if address.scheme not in ("http", "https") or not address.hostname or address.username:
-            raise ValueError(
-                f"base_url must be an address such as http://localhost:8000/v1, got {self.base_url!r}; an API key "
-                "belongs in the environment variable OPENAI_API_KEY"
-            )
+        if self.base_url is not None:
+            _check_address(self.base_url)
 
     @property
     def reply_token_limit(self) -> int | None:
@@ -73,6 +69,17 @@ class LLMConfig:
         if self.max_reply_tokens == "auto":
             return 4096 if self.base_url else None
         return self.max_reply_tokens
+
+
+def _check_address(base_url: str) -> None:
+    """Raise a ValueError for what is no address, or has parts in which keys are passed; they are not repeated."""
+    address = urlsplit(base_url)
+    remedy = "an API key belongs in the environment variable OPENAI_API_KEY"
+    if "@" in (address.netloc or base_url) or address.query or address.fragment:
+        where = f" (got one with host {address.hostname})" if address.hostname else ""
+        raise ValueError(f"base_url must have no user name, password, query or fragment{where}; {remedy}")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"base_url must be an address such as http://localhost:8000/v1, got {base_url!r}; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,10 @@ def test_a_second_stage_by_a_text_model(clips_of, run, serve, monkeypatch, tmp_p
         assert caption.text == f"Better: Rewrite {caption.shaping['caption'].draft}"
     job = json.loads((tmp_path / "captions.job.json").read_text())
     assert (job["refine"], job["refine_model"]) == ("Rewrite {caption}", "m")
+    assert server.url not in json.dumps(job)
+    moved = tuple("http://localhost:9/v1" if flag == server.url else flag for flag in flags)
+    code, _, err = run(tmp_path / "clips", *moved)
+    assert code == 0 and err == ""
 
 
 def test_the_same_in_python(videos):

@@ -113,7 +113,10 @@ def test_the_command_fuses_by_a_text_model(folder, caption, tmp_path, server, mo
     code, err = caption(folder / "0.mp4", "--segments", 2, *flags)
     assert code == 0 and len(server.requests) == 1
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
-    assert fused.fusion.writer.startswith("m") and "disappears" not in fused.text
+    assert fused.fusion.writer == "m" and "disappears" not in fused.text
+    moved = ("--fuse", "text-model", "--fuse-server", "http://localhost:9/v1", "--fuse-model", "m")
+    code, err = caption(folder / "0.mp4", "--segments", 2, *moved)
+    assert code == 0 and "1 there already" in err
     code, err = caption(folder / "0.mp4", "--segments", 2, *flags, "--fuse-judge", "rule")
     assert code == 0 and "0 lost, 0 changed; 0 added" in err and len(server.requests) == 2  # the first is remembered
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)

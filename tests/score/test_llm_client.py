@@ -401,12 +401,22 @@ def test_requires_an_api_key(monkeypatch, tmp_path):
         ({"retry_seconds": 0}, "retry_seconds"),
         ({"max_requests": 0}, "max_requests"),
         ({"base_url": "localhost:8000"}, "base_url must be an address"),
-        ({"base_url": "http://user:secret@host/v1"}, "OPENAI_API_KEY"),
+        *(
+            ({"base_url": address}, r"no user name, password, query or fragment[^?@]*OPENAI_API_KEY$")
+            for address in (
+                "http://user:secret@host/v1",
+                "http://:secret@host/v1",
+                "user:secret@host/v1",
+                "https://host/v1?api-key=secret",
+                "http://host/v1#secret",
+            )
+        ),
     ],
 )
 def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         LLMConfig("m", **options)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_cache_of_another_format(tmp_path):
