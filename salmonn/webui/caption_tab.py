@@ -268,7 +268,7 @@ class CaptionTab:
         content = records if captions[0].num_segments > 1 else records[0]
         files = {"json": json.dumps(content, ensure_ascii=False, indent=2) + "\n"}
         try:
-            for name in SUBTITLE_FORMATS:
+            for name in (one for one in SUBTITLE_FORMATS if one != "json"):  # which has the whole record
                 files[name] = format_text(captions, name, seconds_of=lambda _: self._seconds(path, captions[0].model))
         except ClipError as error:
             logger.warning("no subtitles of a caption: %s", error)
