@@ -124,7 +124,7 @@ class ServerCaptioner:
         """
         if segments is not None and segments != FixedSegments(math.inf):
             self._require_frames("segments")
-        jobs = (ClipJob(index, request, self.read_spec(request)) for index, request in enumerate(requests))
+        jobs = (ClipJob(index, request, self.read_spec(request, shape)) for index, request in enumerate(requests))
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
             pool = ThreadPoolExecutor(self.options.concurrency)
@@ -173,14 +173,20 @@ class ServerCaptioner:
         def answer(asked: Sequence[tuple[int, CaptionRequest]]) -> list[Caption | str]:
             return [self._caption(request, clip, span=span)[0] for _, request in asked]
 
-        request = replace(job.request, prompt=job.request.prompt or DEFAULT_PROMPTS[clip.modality])
+        default = "" if self.is_own else DEFAULT_PROMPTS[clip.modality]
+        request = replace(job.request, prompt=job.request.prompt or default)
         (shaped,) = shape_captions(shape, [(request, clip.seconds)], answer=answer)
         if isinstance(shaped, str):
             raise AnswerError(shaped)
         return shaped
 
-    def read_spec(self, request: CaptionRequest) -> ReadSpec:
-        """Return what is read of a request's file; raises a ValueError if the server would be sent too much of it."""
+    def read_spec(self, request: CaptionRequest, shape: Shape | None = None) -> ReadSpec:
+        """Return what is read of a request's file; raises a ValueError if the server cannot be asked about it."""
+        if self.is_own and not request.prompt and _adds_to_prompt(request, shape):
+            raise ValueError(
+                "`salmonn serve` does not list its model's own prompt, to which a transcript or the requested length, "
+                "words or language would be added; pass the whole prompt with --prompt"
+            )
         if request.span != Span() or request.frames or request.modality != "both":
             self._require_frames("spans, modalities and numbers of frames")
         sampler = _ONE_FRAME
@@ -347,6 +353,17 @@ class _InFlight:
         """Raise the first error after which no further request is possible, if there is one."""
         if self.errors:
             raise self.errors[0]
+
+
+def _adds_to_prompt(request: CaptionRequest, shape: Shape | None) -> bool:
+    """Return whether something is added to a request's prompt, or to that of a shape without a prompt of its own."""
+    if shape is None:
+        return request.speech is not None
+    return any(
+        request.speech is not None or one.language or (one.refine is None and (one.words or one.include or one.avoid))
+        for one in shape.captions.values()
+        if not one.prompt
+    )
 
 
 def _own_parameters(request: CaptionRequest, span: tuple[float | None, float | None]) -> dict[str, Any]:

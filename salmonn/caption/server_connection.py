@@ -147,6 +147,11 @@ def _candidates(captioner: ServerCaptioner, modality: Modality, *, cuts_files: b
     needs_frames = (cuts_files or modality != "both") and not captioner.is_own
     if chosen == "auto":
         return ("video",) if captioner.is_own else ("frames",) if needs_frames else ("video", "video+audio", "frames")
+    if captioner.is_own and chosen != "video":
+        raise ValueError(
+            f"{captioner.name} is `salmonn serve`, which takes one file per request, not {chosen}; use "
+            "--server-input video"
+        )
     if chosen != "frames" and needs_frames:
         raise ValueError(
             f"--server-input {chosen} sends whole files, and --start, --end, --segments, --frames and "

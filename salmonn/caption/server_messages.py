@@ -75,7 +75,8 @@ def encode_clip(
     parts: list[Part] = []
     has_file = server_input != "frames" and (clip.has_video or is_file_only)
     if has_file:
-        parts.append(video_part(Path(clip.path)))
+        remedy = "cut it into several files" if is_file_only else "use --server-input frames"
+        parts.append(video_part(Path(clip.path), remedy=remedy))
     elif clip.has_video:
         # From the start of the span, as the audio and the transcript.
         for seconds, frame in zip(clip.frame_times - clip.start_seconds, clip.frames, strict=True):
@@ -105,13 +106,12 @@ def audio_part(waveform: np.ndarray) -> Part:
     return {"type": "input_audio", "input_audio": {"data": _base64(file.getvalue()), "format": "wav"}}
 
 
-def video_part(path: Path) -> Part:
-    """Return a file as a data URL; raises a ClipError if it is too large."""
+def video_part(path: Path, *, remedy: str) -> Part:
+    """Return a file as a data URL; raises a ClipError with the remedy if it is too large."""
     size = path.stat().st_size
     if size > MAX_FILE_MIB << 20:
         raise ClipError(
-            f"{path}: has {size >> 20} MiB, and files of up to {MAX_FILE_MIB} MiB are sent as a whole; use "
-            "--server-input frames"
+            f"{path}: has {size >> 20} MiB, and files of up to {MAX_FILE_MIB} MiB are sent as a whole; {remedy}"
         )
     return {"type": "video_url", "video_url": {"url": _data_url(path.read_bytes(), media_type(path))}}
 

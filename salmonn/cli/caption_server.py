@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import Namespace
 
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.server_options import ServerInput, ServerOptions
 from salmonn.config import MAY_CHANGE, FlagParser
 from salmonn.records import read_json
@@ -79,6 +80,8 @@ def load_server(values: Namespace, ledger: "Ledger") -> "ServerCaptioner":
         max_new_tokens=values.max_new_tokens,
         reader=values.reader,
     )
+    speech = () if values.context else None  # refused before the first clip, not at the first one with a transcript
+    captioner.read_spec(CaptionRequest(Path(), values.prompt, speech=speech), values.shape)
     values.server_input = captioner.input
     ledger.update_job(server_settings(values))
     if not values.quiet:

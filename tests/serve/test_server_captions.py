@@ -88,6 +88,24 @@ def test_options_have_the_same_effect(toy_server, call, videos, tmp_path, flags)
     assert subtitles[0] == subtitles[1] and len(subtitles[0]) == (2 if "--logprobs" in flags else 0)
 
 
+def test_shapes_leave_the_models_own_prompt(toy_server, call, videos, tmp_path):
+    """What would have to be added to a prompt that the service does not list is refused."""
+    args = ["caption", videos[0], "--max-new-tokens", 8, "--workers", 1]
+    served = ["--server", f"{toy_server.url}/v1", "--server-model", "toy"]
+    for flags in (("--words", "1-90"), ("--language", "de"), ("--context", "transcript")):
+        code, _, err = call(*args, "--out", tmp_path / "refused.jsonl", *served, *flags)
+        assert code == 2 and "pass the whole prompt with --prompt" in err, err
+        assert not (tmp_path / "refused.jsonl").exists()
+    for name, model in {"local": ("--batch-size", 1), "served": served}.items():
+        code, _, err = call(*args, "--out", tmp_path / f"{name}.jsonl", *model, "--trigger", "ohwx")
+        assert code == 0, err
+    ((local,), (remote,)) = (read_records(tmp_path / f"{name}.jsonl", Caption) for name in ("local", "served"))
+    assert local.text == remote.text and local.text.startswith("ohwx, ") and remote.prompt == ""
+    code, _, err = call(*args, "--out", tmp_path / "words.jsonl", *served, "--words", "1-90", "--prompt", "What moves?")
+    (caption,) = read_records(tmp_path / "words.jsonl", Caption)
+    assert code == 0 and caption.prompt == "What moves?\nWrite 1 to 90 words."
+
+
 def test_samples_history_and_system_prompt(start, captioner, videos):
     server = start()
     served = connect_captioner(ServerOptions(f"{server.url}/v1", "toy"))
@@ -133,8 +151,10 @@ def test_errors_of_the_service_are_one_sentence(start, call, videos, tmp_path, m
     assert "refuses the API key in the environment variable OPENAI_API_KEY" in message and "secret" not in message
     monkeypatch.setenv("OPENAI_API_KEY", "0123456789abcdef")
     assert error("--server-model", "gpt") == f"error: {server.url}/v1 has no model 'gpt'; it offers toy\n"
-    # It takes one file, not frames beside a WAV.
-    assert "rejects frames and audio together" in error("--server-model", "toy", "--server-input", "frames")
+    for name in ("frames", "video+audio"):
+        assert f"takes one file per request, not {name}; use --server-input video" in error(
+            "--server-model", "toy", "--server-input", name
+        )
     assert call(*args, "--server-model", "toy", "--max-new-tokens", 2)[0] == 0
     assert (
         "0123456789abcdef"
