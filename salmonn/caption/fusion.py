@@ -111,10 +111,12 @@ class FactCheck:
     Args:
         judge: judge of captions against events.
         split: returns the events of captions, given as references; those that cannot be split have none.
+        name: name of the judge in records, without the address of its server.
     """
 
     judge: Judge
     split: Callable[[Sequence[Reference]], Sequence[Reference]]
+    name: str = "rule"
 
     def events_of(self, captions: Sequence[Caption]) -> list[tuple[Event, ...]]:
         """Return the events of each caption, with the times of its segment.
@@ -367,7 +369,7 @@ def _report(captions: Sequence[Caption], parts: Sequence[_Part], name: str, chec
         return report
     return replace(
         report,
-        judge=check.judge.name,
+        judge=check.name,
         num_facts=sum(score.num_events for score in scores),
         lost=tuple(chain.from_iterable(score.missed for score in scores)),
         changed=tuple(chain.from_iterable(score.incorrect_events for score in scores)),

@@ -177,4 +177,5 @@ def _fact_check(values: Namespace) -> "FactCheck | None":
     return FactCheck(
         make_judge(config),
         lambda references: list_events(references, client=client, rules=split_caption, attempts=config.attempts)[0],
+        name=config.model or config.kind,
     )

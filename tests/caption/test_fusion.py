@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
 from salmonn.caption.fusion import REPAIR, CaptionerWriter, FactCheck, FusionError, clock, fuse
 from salmonn.caption.generator import CaptionRequest, SegmentResult
+from salmonn.cli.fuse_options import _fact_check
 from salmonn.records import Caption, Event
 from salmonn.score.events import list_events
 from salmonn.synthetic.judge import RuleJudge
@@ -45,6 +47,15 @@ class ScriptedWriter:
         texts = re.findall(r"^\[\S+ - \S+\] (.*(?:\n(?!\[).*)*)", prompt, re.MULTILINE)
         text = write(texts)
         return text if isinstance(text, Caption) else Caption(str(request.path), text, model="scripted")
+
+
+@pytest.mark.parametrize(("kind", "model", "name"), [("openai", "m", "m"), ("rule", None, "rule")])
+def test_the_address_of_a_judge_is_not_recorded(kind, model, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check = _fact_check(Namespace(fuse_judge=kind, fuse_model=model, fuse_server="http://localhost:9/v1"))
+    assert check.name == name
+    fused = fuse(segments(), writer=None, check=replace(CHECK, name=check.name))
+    assert fused.fusion.judge == name
 
 
 class SilentCaptioner:
