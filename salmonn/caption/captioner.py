@@ -54,6 +54,7 @@ class RequestOptions(TypedDict, total=False):
     frames: FrameOptions | None
     clip_turn: int
     speech: tuple[SpeechEvent, ...] | None
+    source: Path | None
 
 
 @dataclass(frozen=True)
