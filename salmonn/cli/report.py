@@ -43,7 +43,9 @@ def run_report(values: Namespace) -> int:
         raise ValueError(f"--out {values.out} is one of the captions files; choose another name")
     limits = WorkerLimits(values.read_seconds, values.read_gib)
     rows = read_rows(values.captions)
-    logging.getLogger("salmonn.media").setLevel(logging.ERROR)  # the captions have the warnings of each file
+    media_log = logging.getLogger("salmonn.media")
+    level = media_log.level
+    media_log.setLevel(logging.ERROR)  # the captions have the warnings of each file
     parts = {(row.record.video, row.record.start_seconds, row.record.end_seconds) for row in rows}
     count = min(len(parts), values.thumbnails)
     workers = (values.workers or default_num_workers(count)) if count else 0
@@ -52,6 +54,7 @@ def run_report(values: Namespace) -> int:
             rows, reader=reader, page=values.out, root=values.root, captions_dir=values.captions[0].parent,
             limit=values.thumbnails, progress=bar.update,
         )  # fmt: skip
+    media_log.setLevel(level)
     write_report(values.out, rows, thumbnails, title=values.title or values.captions[0].name)
     without = sum(isinstance(number, str) for number in thumbnails.numbers)
     said = f"; {without} without a picture, for reasons on the page" if without else ""
