@@ -68,6 +68,11 @@ def test_log_probabilities_equal_those_of_transformers(mixed_clips):
     assert torch.allclose(network(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
+def largest_error(tokens: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the largest feature: those of the random model reach 1,400, and small ones are sums of large ones."""
+    return ((tokens - expected).abs().max() / expected.abs().max()).item()
+
+
 def test_batched_greedy_answers_equal_separate_ones(captioner, mixed):
     sampling = Sampling(max_new_tokens=12)
     clips = [*mixed, mixed[0]]
@@ -99,7 +104,7 @@ def test_encoding_in_batches_changes_nothing(captioner, mixed):
     one_by_one = captioner.encode(mixed, batch_size=1, on_progress=num_done.append)
     assert num_done == [1, 1, 1]
     for clip_features, separate in zip(captioner.encode(mixed), one_by_one, strict=True):
-        assert torch.allclose(clip_features.tokens, separate.tokens, atol=1e-5)
+        assert largest_error(clip_features.tokens, separate.tokens) < 1e-5
 
 
 @torch.no_grad()
@@ -133,8 +138,8 @@ def test_long_audio_is_encoded_in_chunks(captioner, media):
     after = select_modality(media[2], "audio")
     first, second = captioner.encode([long, after])
     (windows,) = network.audio([long.mel])
-    assert len(first) == 32 and torch.allclose(first.tokens, windows, atol=1e-5)
-    assert torch.allclose(second.tokens, captioner.encode([after])[0].tokens, atol=1e-5)
+    assert len(first) == 32 and largest_error(first.tokens, windows) < 1e-5
+    assert largest_error(second.tokens, captioner.encode([after])[0].tokens) < 1e-5
 
 
 @torch.no_grad()

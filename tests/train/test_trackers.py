@@ -12,6 +12,7 @@ from salmonn.score.metrics import Rates
 from salmonn.train import trackers
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_log import RunSummary, StepLog, log_summary
+from tests.limits import wait_until
 
 RATES = Rates(0.5, 0.1, 0.6, 0.02, 0.7)
 
@@ -94,8 +95,9 @@ def test_wandb(folder):
     pytest.importorskip("wandb")
     run_id = train("wandb", folder, first_step=0)
     (path,) = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
-    content = read_log(path)
-    assert all(text in content for text in (b"round_1/loss", b"round_1/step", b"heldout/Total", b"fit.steps"))
+    expected = (b"round_1/loss", b"round_1/step", b"heldout/Total", b"fit.steps")
+    # Another process writes the file.
+    wait_until(lambda: all(text in read_log(path) for text in expected))
     assert train("wandb", folder, first_step=2) == run_id
 
 
