@@ -171,7 +171,7 @@ class EditableCaptions:
 
 
 def _with_text(caption: Caption, text: str) -> Caption:
-    """Return a caption with a person's text, which is not cut off, and of which no probability is known."""
+    """Return a caption with a person's text: it is not cut off, and its probability is not known."""
     named = {name: text if said == caption.text else said for name, said in caption.captions.items()}
     return replace(caption, text=text, captions=named, finished=True, logprob=None, num_tokens=None)
 

@@ -96,7 +96,7 @@ class CaptionRequest:
         system: system prompt; None uses the model's own.
         frames: which frames to look at; None uses the model's own rule.
         clip_turn: number of the prompt, counted over history and prompt, that shows the file.
-        speech: speech of the whole file, of which the part in the span is added to the prompt; None adds nothing.
+        speech: speech of the whole file; the part within the span is added to the prompt; None adds nothing.
         source: where the video comes from, if `path` is a temporary copy; it names the fields of templates.
     """
 

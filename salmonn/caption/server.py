@@ -206,7 +206,7 @@ class ServerCaptioner:
         )
 
     def _require_frames(self, what: str) -> None:
-        """Raise a ValueError if the server is sent whole files, of which it cannot take a part."""
+        """Raise a ValueError if the server is sent whole files, since it cannot read a part of one."""
         if self.input != "frames" and not self.is_own:
             raise ValueError(f"--server-input {self.input} sends whole files, without {what}; use frames")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Predictions are made for windows of 100 frames, of which the middle 50 count.
+# Predictions are made for windows of 100 frames; only those of the middle 50 are used.
 _WINDOW, _MARGIN = 100, 25
 _STEP = _WINDOW - 2 * _MARGIN
 _THRESHOLD = 0.5

@@ -39,7 +39,7 @@ class ClipError(ValueError):
 
 
 class NoAudioError(ClipError):
-    """A video without audio, of which only the audio was requested."""
+    """Only the audio of a video was requested, and it has none."""
 
 
 class DecodeError(Exception):

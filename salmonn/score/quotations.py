@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from salmonn.score.text_spans import WORD
 
-# Quotation marks in pairs. Single ones are told from apostrophes by what surrounds them; a double one that is never
-# closed, because the caption was cut off, quotes the rest of its paragraph.
+# Quotation marks in pairs. Single ones are distinguished from apostrophes by what surrounds them; a double one that is
+# never closed, because the caption was cut off, quotes the rest of its paragraph.
 _QUOTATION = re.compile(
     r"“(?P<curly>[^”\n]+)”?|„(?P<low>[^“”\n]+)[“”]?|«(?P<angle>[^»\n]+)»?|「(?P<corner>[^」\n]+)」?"
     r"|『(?P<white>[^』\n]+)』?|(?<![0-9A-Za-z])\"(?P<straight>[^\"\n]+)\"?"
@@ -57,7 +57,7 @@ def quoted_speech(text: str) -> list[str]:
 
     The cue nearest before a quotation, in its sentence, decides; else a colon before it, which means speech; else a cue
     shortly after it. Speech verbs and nouns ("says", "voice") are cues of speech; "reads", "sign", "titled" and the
-    like of text that is seen. Without any, a quotation is speech if it stands beside one that is.
+    like of text that is seen. Without any, a quotation is speech if it is next to one that is.
     """
     quotations = list(find_quotations(text))
     verdicts: list[bool | None] = []

@@ -23,7 +23,7 @@ class Simulation:
         self._number = 0
 
     def run(self, answers: int) -> None:
-        """Send requests, as many as the limit allows, until there are so many answers."""
+        """Send requests, as many as the limit allows, until there are this many answers."""
         while answers:
             while not self.limit.is_full:
                 self._send(self.limit.start())

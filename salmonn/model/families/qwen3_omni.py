@@ -57,7 +57,7 @@ PUBLISHED_30B: dict[str, Any] = dict(
         position_id_per_seconds=13, seconds_per_chunk=2, tie_word_embeddings=False,
     ),
 )  # fmt: skip
-MIN_SAMPLES = 320  # of which Whisper's features can be computed
+MIN_SAMPLES = 320  # the fewest that Whisper's features can be computed from
 
 
 class Qwen3Omni(Qwen2_5Omni):
