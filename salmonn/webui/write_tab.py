@@ -99,7 +99,8 @@ class WriteTab:
             yield {
                 self.status: DRAFT if caption.text else EMPTY,
                 self.writing: gr.update(visible=True),
-                self.text: caption.text,
+                # Gradio does not show a text box whose value and visibility are those of the update before.
+                self.text: gr.update(value=caption.text, visible=True),
                 self.consent: gr.update(visible=self.state.example_of(path) is None, value=False),
                 self.draft: draft,
             }
@@ -151,7 +152,7 @@ class WriteTab:
         return {
             self.status: status,
             self.writing: gr.update(visible=False),
-            self.text: "",
+            self.text: gr.update(value="", visible=False),
             self.consent: gr.update(visible=False, value=False),
             self.draft: None,
             self.start: gr.update(interactive=True),

@@ -5,7 +5,6 @@ import wave
 
 import httpx
 import pytest
-from playwright.sync_api import TimeoutError
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import Sampling, Span
@@ -278,17 +277,17 @@ def test_a_caption_is_copied_and_rated(visit, demo):
 
 
 def test_a_description_is_written(visit, demo, examples):
-    visitor = visit()
-    visitor.page.get_by_role("tab", name="Write").click()
-    choose_example(visitor, 1, tab="write")
-    visitor.page.get_by_role("button", name="Start", exact=True).click()
-    box = visitor.page.locator("#own-text textarea")
-    try:
-        box.wait_for(timeout=30_000)
-    except TimeoutError:  # seen twice in four runs of this file, never alone; the cause is not known yet
+    """Both with a draft, which two thirds of the visitors get, and without one."""
+    kinds = set()
+    while kinds != {True, False}:
+        visitor = visit()
+        visitor.page.get_by_role("tab", name="Write").click()
+        choose_example(visitor, 1, tab="write")
         visitor.page.get_by_role("button", name="Start", exact=True).click()
+        box = visitor.page.locator("#own-text textarea")
         box.wait_for()
-    draft = box.input_value()
+        draft = box.input_value()
+        kinds.add(bool(draft))
     box.fill(examples[0].reference.caption)
     visitor.page.get_by_role("button", name="Done").click()
     status = visitor.page.locator("#writing-status")
