@@ -80,9 +80,11 @@ class WriteTab:
         active = self.requests.start(session, path, clicked=clicked)
         model = random.SystemRandom().choice(["", *self.state.engines])
         caption_request, caption = CaptionRequest(path), Caption(path.name, "")
-        yield self._clear(READING) | {self.start: gr.update(interactive=False)}
+        update: Update = {}
         try:
             if model:
+                # Without a draft, hiding and showing the column at once would leave it hidden in the browser.
+                yield self._clear(READING) | {self.start: gr.update(interactive=False)}
                 for progress in self.state.stream_progress(caption_request, model, active):
                     if progress.completion:
                         caption = to_caption(caption_request, progress.completion, model)
@@ -93,18 +95,17 @@ class WriteTab:
         except (ValueError, Overloaded, RuntimeError) as error:
             draft = None
             if not active.is_cancelled:
-                yield self._clear(render_error(error_message(error, path)))
+                update = self._clear(render_error(error_message(error, path)))
         if draft and not active.is_cancelled:
             self.state.uploads.retain(session, "draft", path)  # needed until the text is done
-            yield {
+            update = {
                 self.status: DRAFT if caption.text else EMPTY,
                 self.writing: gr.update(visible=True),
-                # Gradio does not show a text box whose value and visibility are those of the update before.
-                self.text: gr.update(value=caption.text, visible=True),
+                self.text: caption.text,
                 self.consent: gr.update(visible=self.state.example_of(path) is None, value=False),
                 self.draft: draft,
             }
-        yield {self.start: gr.update(interactive=True)}
+        yield update | {self.start: gr.update(interactive=True)}
 
     def finish(self, values: Mapping[Any, Any], request: gr.Request) -> Update:
         """Save the text, then show its score and who wrote the draft."""
@@ -152,7 +153,7 @@ class WriteTab:
         return {
             self.status: status,
             self.writing: gr.update(visible=False),
-            self.text: gr.update(value="", visible=False),
+            self.text: "",
             self.consent: gr.update(visible=False, value=False),
             self.draft: None,
             self.start: gr.update(interactive=True),

@@ -278,8 +278,10 @@ def test_a_caption_is_copied_and_rated(visit, demo):
 
 def test_a_description_is_written(visit, demo, examples):
     """Both with a draft, which two thirds of the visitors get, and without one."""
-    kinds = set()
+    visitor, kinds = None, set()
     while kinds != {True, False}:
+        if visitor:
+            visitor.page.close()
         visitor = visit()
         visitor.page.get_by_role("tab", name="Write").click()
         choose_example(visitor, 1, tab="write")
