@@ -215,7 +215,7 @@ def make_qwen2_5_omni(folder: Path, *, texts: Iterable[str] = ("a red circle",),
 
 
 def make_qwen3_omni(folder: Path, *, texts: Iterable[str] = ("a red circle",), vocab_size: int = 264) -> Published:
-    """Make a Qwen3-Omni with four experts, of which each token passes two; see `make_qwen2_5_omni`."""
+    """Make a Qwen3-Omni with four experts, two for each token; see `make_qwen2_5_omni`."""
     tokenizer = make_tokenizer(QWEN3_TOKENS, texts, vocab_size=vocab_size)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN3_TOKENS.items()}
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def make_qwen3_omni(folder: Path, *, texts: Iterable[str] = ("a red circle",), v
 
 
 def make_processor(processor_class: type, tokenizer: PreTrainedTokenizerFast, tokens: dict[str, str]) -> Any:
-    """Make a processor of transformers without its image and video processors, of which it gets the sizes."""
+    """Make a processor of transformers without its image and video processors; it only gets their sizes."""
     processor = processor_class.__new__(processor_class)
     vars(processor).update(
         tokens,

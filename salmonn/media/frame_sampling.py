@@ -175,7 +175,7 @@ class EvenCountSampler:
         frames_per_second: rate.
         min_frames, max_frames: minimum (if the video has that many) and maximum number of frames.
         min_pixels, max_pixels: limits of a frame's area.
-        total_pixels: maximum area of all frames together, half of which counts as two frames are merged; frames are not
+        total_pixels: maximum area of all frames together, counted by half since two frames are merged; frames are not
             scaled below 1.05 * min_pixels for it.
         factor: divisor of height and width: patch size times merge size.
         num_frames: number of frames instead of a rate; a video with fewer gives all it has.

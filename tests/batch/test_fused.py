@@ -79,7 +79,7 @@ def test_a_killed_run_is_resumed(tmp_path):
 
 @pytest.fixture
 def server():
-    """A text model that drops the last caption of each request, until it is told that facts are missing."""
+    """A text model that drops the last caption of each request, unless the request says that facts are missing."""
 
     def script(request, number):
         prompt = request["messages"][0]["content"]

@@ -111,7 +111,7 @@ def test_joined_recordings(tmp_path):
 
 
 def test_all_frames_of_a_span_are_decoded_once(tmp_path):
-    """Also from between two keyframes on, of which there is one every 2 s."""
+    """Also from between two keyframes on; there is one every 2 s."""
     options = {"preset": "ultrafast", "g": "50", "sc_threshold": "0", "bf": "2"}
     path = write_media(tmp_path / "a.mp4", frame_times=BASE["frame_times"], codec_options=options)
     for start, end in [(0.0, 6.0), (2.51, 3.4), (5.97, 9.0)]:
