@@ -181,7 +181,7 @@ def stamp(result: Caption | Failure, video: VideoFile, fetcher: Fetcher) -> Capt
 
 
 class CaptionJob:
-    """One process's run over its videos.
+    """One process's run over its videos. A thread may list pending videos while another saves results.
 
     Args:
         ledger: where results are saved.
@@ -219,6 +219,7 @@ class CaptionJob:
         self._on_captions = on_captions
         self._seen = HashSet()
         self._indices = itertools.count()
+        self._lock = threading.Lock()
 
     def pending(self, found: Iterable[VideoFile | Failure]) -> Iterator[IndexedVideo]:
         """Yield the listed videos that have to be captioned; a folder that cannot be listed fails here.
@@ -227,23 +228,32 @@ class CaptionJob:
             TooManyFailures: as in `save`.
         """
         for one in found:
-            if isinstance(one, VideoFile):
-                key = hash_key(one.path)
-                if key in self._seen:  # it was named several times
-                    continue
-                self._seen.add(key)
-            status = "pending" if self._is_retry else self._ledger.status(one)
-            if status == "done":
-                self.stats.done_before += 1
-            elif status != "pending":
-                self.stats.failed_before += 1
-            elif isinstance(one, Failure):
-                self._fail([one])
-                self.stats.failed += 1
-                self.stats.videos += 1
-                self._streak.add(next(self._indices), one.reason)
-            else:
-                yield next(self._indices), one
+            with self._lock:
+                index = self._index_if_pending(one)
+            if index is not None:
+                assert isinstance(one, VideoFile)
+                yield index, one
+
+    def _index_if_pending(self, found: VideoFile | Failure) -> int | None:
+        """Return a number for a video that has to be captioned; count or record anything else that was listed."""
+        if isinstance(found, VideoFile):
+            key = hash_key(found.path)
+            if key in self._seen:  # it was named several times
+                return None
+            self._seen.add(key)
+        status = "pending" if self._is_retry else self._ledger.status(found)
+        if status == "done":
+            self.stats.done_before += 1
+        elif status != "pending":
+            self.stats.failed_before += 1
+        elif isinstance(found, Failure):
+            self._fail([found])
+            self.stats.failed += 1
+            self.stats.videos += 1
+            self._streak.add(next(self._indices), found.reason)
+        else:
+            return next(self._indices)
+        return None
 
     def save(self, result: VideoResult) -> None:
         """Write the captions and failures of a video to the disk.
@@ -252,6 +262,10 @@ class CaptionJob:
             TooManyFailures: too many videos failed in a row.
             LedgerError: the disk does not take them.
         """
+        with self._lock:
+            self._save(result)
+
+    def _save(self, result: VideoResult) -> None:
         if self._streak.has_finished(result.index):  # a cluster that loses a machine may caption a block twice
             return
         failures = [one for one in result.results if isinstance(one, Failure)]

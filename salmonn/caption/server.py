@@ -11,13 +11,14 @@ The API key never leaves the client: captions and job files have the model's nam
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from salmonn.caption.adaptive_limit import AdaptiveLimit
 from salmonn.caption.generator import (
@@ -38,6 +39,7 @@ from salmonn.records import Caption, Failure, Modality
 from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.llm_protocol import ChatRequest, ChatResponse, Choice
 
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOKENS = 1024
@@ -146,22 +148,30 @@ class ServerCaptioner:
     def _send_all(
         self, batches: Iterator[list[ReadResult[EncodedClip]]], in_flight: "_InFlight"
     ) -> Iterator[list[SegmentResult]]:
-        """Send clips as they are read, as many at once as the limit allows; raises an LLMStoppedError."""
-        for ((job, clip),) in batches:
-            if isinstance(clip, ValueError):
-                failure = to_failure(job.request, str(clip), stage="read")
-                yield [SegmentResult(job.index, job.num_segments, failure)]
-                continue
-            while len(in_flight.jobs) >= self._limit.limit:
-                yield in_flight.take()
-                in_flight.raise_error()
-            in_flight.submit(job, clip)
+        """Send clips as they are read, as many at once as the limit allows; raises an LLMStoppedError.
+
+        Clips are taken in a thread, since the next one may be long in coming: results do not wait for it.
+        """
+        reading: Future[list[ReadResult[EncodedClip]] | None] | None = _next_in_thread(batches)
+        while reading is not None or in_flight.jobs:
+            may_send = reading is not None and len(in_flight.jobs) < self._limit.limit
+            in_flight.wait(reading if may_send else None)
             if in_flight.has_completed:
                 yield in_flight.take()
                 in_flight.raise_error()
-        while in_flight.jobs:
-            yield in_flight.take()
-            in_flight.raise_error()
+                continue
+            if reading is None or not may_send or not reading.done():
+                continue
+            if (batch := reading.result()) is None:
+                reading = None
+                continue
+            ((job, clip),) = batch
+            reading = _next_in_thread(batches)
+            if isinstance(clip, ValueError):
+                failure = to_failure(job.request, str(clip), stage="read")
+                yield [SegmentResult(job.index, job.num_segments, failure)]
+            else:
+                in_flight.submit(job, clip)
 
     def _caption_one(self, job: ClipJob, clip: EncodedClip, *, shape: Shape | None = None) -> Caption:
         # A segment is cut as it was read: the last one is open.
@@ -331,11 +341,16 @@ class _InFlight:
         """Send a request from one of the threads."""
         self.jobs[self._pool.submit(self._caption, job, clip)] = job
 
+    def wait(self, other: Future[Any] | None = None) -> None:
+        """Wait until a result can be taken, or another future is done."""
+        awaited: set[Future[Any]] = set(self.jobs) if other is None else {*self.jobs, other}
+        while not wait(awaited, timeout=0.5, return_when=FIRST_COMPLETED).done:
+            pass  # a wait without a timeout can miss a Ctrl-C
+
     def take(self) -> list[SegmentResult]:
         """Wait for results and return them."""
-        done: set[Future[Caption]] = set()
-        while not done:  # a wait without a timeout can miss a Ctrl-C
-            done, _ = wait(self.jobs, timeout=0.5, return_when=FIRST_COMPLETED)
+        self.wait()
+        done = [future for future in self.jobs if future.done()]
         results = []
         for future in done:
             job = self.jobs.pop(future)
@@ -353,6 +368,23 @@ class _InFlight:
         """Raise the first error after which no further request is possible, if there is one."""
         if self.errors:
             raise self.errors[0]
+
+
+def _next_in_thread(items: Iterator[Item]) -> "Future[Item | None]":
+    """Return the next item as a future, None at the end.
+
+    The thread does not keep the process alive: it may wait for a list that comes through a pipe.
+    """
+    future: Future[Item | None] = Future()
+
+    def take() -> None:
+        try:
+            future.set_result(next(items, None))
+        except BaseException as error:  # noqa: BLE001 - raised by the future
+            future.set_exception(error)
+
+    threading.Thread(target=take, name="next clip", daemon=True).start()
+    return future
 
 
 def _adds_to_prompt(request: CaptionRequest, shape: Shape | None) -> bool:

@@ -9,6 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from salmonn.batch.discovery import stat_video
+from salmonn.batch.job import CaptionJob, JobConfig, caption_videos
+from salmonn.batch.ledger import Ledger
+from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.loader import ClipReader
+from salmonn.caption.server import ServerCaptioner
+from salmonn.caption.server_options import ServerOptions
 from salmonn.records import Caption, read_json, read_records
 from tests.caption.served_model import captioner, describe
 from tests.launch import forked, kill
@@ -67,6 +74,26 @@ def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
     assert len(captions) == len({one.video for one in captions}) == 10
     assert len(server.requests) == num_requests + 4 + 10 - len(done)
     process.stderr.close()
+
+
+def test_a_reply_is_saved_before_the_next_file_is_found(serve, videos, files):
+    """The listing goes on once a caption is on the disk; with replies that wait for it, it would never."""
+    server = serve(captioner())
+    ahead = 2  # files that the reader takes beside the one that it yields
+
+    def listing():
+        yield from map(stat_video, map(str, videos[: 1 + ahead]))
+        wait_until(lambda: count_lines(files.captions))
+        yield from map(stat_video, map(str, videos[1 + ahead :]))
+
+    config = JobConfig(CaptionRequest(Path(), "Say."))
+    with Ledger(files, job={}) as ledger, ClipReader(workers=0) as reader:
+        job = CaptionJob(ledger)
+        client = ServerCaptioner(ServerOptions(server.url, "m"))
+        for result in caption_videos(client, job.pending(listing()), config=config, reader=reader):
+            job.save(result)
+    assert (job.stats.captions, job.stats.failed) == (len(videos), 0)
+    assert {one.video for one in read_records(files.captions, Caption)} == set(map(str, videos))
 
 
 def test_a_resumed_run_sends_what_was_chosen_first(folder, serve, call, tmp_path):
