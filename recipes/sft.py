@@ -53,10 +53,8 @@ from salmonn.train.data import (
 from salmonn.train.dry_run import MemoryPlan, Workload, build_on_meta, clips_per_micro_batch, print_plan
 from salmonn.train.evaluate import (
     ANSWERS_NAME,
-    CAPTIONS_NAME,
     RATES_NAME,
     SCORES_NAME,
-    SampleConfig,
     cache_features,
     encode_clips,
     evaluate,
@@ -68,6 +66,7 @@ from salmonn.train.loop import FitConfig, FitContext, check_processes, fit
 from salmonn.train.run_folder import RunConfig, is_missing, open_run, save_model
 from salmonn.train.run_log import SUMMARY_NAME
 from salmonn.train.run_steps import TRAINING_FILES, Step, choose_settings, fingerprint, flat_settings
+from salmonn.train.sampling import CAPTIONS_NAME, SampleConfig
 from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("sft")

@@ -10,7 +10,7 @@ import yaml
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE, parse_config, resume_values, run_recipe, write_config
 from salmonn.model.lora import LoraConfig
 from salmonn.preference.selection import SelectionConfig
-from salmonn.train.evaluate import SampleConfig
+from salmonn.train.sampling import SampleConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {

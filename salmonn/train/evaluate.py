@@ -1,95 +1,36 @@
-"""Encoding, sampling, question answering and judging of clips on all ranks, and evaluation on held-out clips.
+"""Encoding of clips and judging of captions on all ranks, and evaluation on held-out clips."""
 
-Work is cut into batches of similar length, which are balanced over the ranks by cost. Batches and their seeds depend on
-the clips and the batch size, so any number of processes gives the same results.
-"""
-
-import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from tqdm import tqdm
+from typing import TypeVar
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import CachedGenerator, CaptionRequest, Sampling
-from salmonn.caption.loader import length_buckets
-from salmonn.config import MAY_CHANGE
 from salmonn.media.container import ClipError, declared_shape
 from salmonn.model.layout import ClipFeatures
 from salmonn.preference.voter_reward import find_exploitability
-from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
+from salmonn.records import Caption, Reference, Score, Unscored, write_json, write_records
 from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
 from salmonn.synthetic.raters import Rater
+from salmonn.train.batches import make_batches, map_batches
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
 from salmonn.train.dry_run import count_clip_tokens
 from salmonn.train.feature_cache import FeatureCache
 from salmonn.train.left_out import LeftOut
-from salmonn.train.memory import NumberSizes, Stack, kv_cache_bytes, largest_batch
-from salmonn.train.run_folder import load_or_create
+from salmonn.train.sampling import CAPTIONS_NAME, SampleConfig, answer_questions, sample_captions
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_ANSWER_TOKENS = 16  # for the answer to a question
-CAPTIONS_NAME = "captions.jsonl"
-PARTIAL_NAME = "captions.parts"  # folder of finished batches while captions are sampled
-REQUEST_NAME = "parts.json"  # file in it that says what they are batches of
 ANSWERS_NAME = "answers.jsonl"
 SCORES_NAME = "scores.jsonl"
 RATES_NAME = "rates.json"
-MAX_PROMPT_TOKENS = 512  # of a prompt besides its clip, assumed for the size of the KV cache
-KV_CACHE_SHARE = 0.6  # of the free memory of a GPU; prefill and decode steps need the rest
 LAYOUT_BYTES_PER_TOKEN = 4 * 8  # its place in the order and its three positions
-
-
-@dataclass(frozen=True)
-class SampleConfig(Sampling):
-    """Sampling of several captions of each clip.
-
-    Args:
-        num_samples: captions of each clip.
-        temperatures: temperatures of equal shares of the samples, in place of `temperature`; such as [1.0, 0.7] for
-            half and half. RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
-        batch_size: captions generated at once; halved until their KV cache fits on the GPU.
-    """
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-    num_samples: int = 8
-    temperatures: tuple[float, ...] | None = None
-    batch_size: int = field(default=128, metadata=MAY_CHANGE)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_samples < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"num_samples and batch_size must be at least 1, got {self.num_samples} and {self.batch_size}"
-            )
-        if self.temperatures is not None:
-            count = len(self.temperatures)
-            if not (count and all(Sampling(one).temperature for one in self.temperatures)) or self.num_samples % count:
-                raise ValueError(
-                    f"temperatures must be above 0, and num_samples {self.num_samples} a multiple of their number, got "
-                    f"{list(self.temperatures)}"
-                )
-
-    def shares(self) -> tuple[float, ...]:
-        """Return the temperatures of equal shares of the samples."""
-        return self.temperatures or (self.temperature,)
-
-    def greedy(self) -> "SampleConfig":
-        """Return the same limits for the most likely caption of each clip."""
-        return replace(self, temperature=0.0, temperatures=None, num_samples=1)
 
 
 @dataclass(frozen=True)
@@ -100,36 +41,6 @@ class Evaluation:
     answers: list[Caption]
     results: list[Score | Unscored]
     rates: Rates
-
-
-def make_batches(lengths: Sequence[float], *, size: int) -> list[list[int]]:
-    """Group indices into batches of at most `size` (at least 1) and of similar length, the longest first."""
-    return length_buckets([-length for length in lengths], size=max(1, size))
-
-
-def map_batches(
-    compute: Callable[[int], list[T]], batches: Sequence[Sequence[int]], costs: Sequence[float], *, name: str, unit: str
-) -> list[T]:
-    """Compute all batches, balanced over the ranks, and return their items on every rank.
-
-    Args:
-        compute: number of a batch -> one item for each of its indices.
-        batches: indices of the items.
-        costs: estimated cost of each batch.
-        name: title of the progress bar.
-        unit: unit of the progress bar.
-
-    Returns:
-        Items in the order of their indices.
-    """
-    shares = dist.balance(costs)
-    mine, computed = shares[dist.rank()], []
-    total = sum(len(batches[number]) for number in mine)
-    with tqdm(total=total, desc=name, unit=unit, disable=not dist.is_main()) as bar:
-        for number in mine:
-            computed.append(compute(number))
-            bar.update(len(batches[number]))
-    return dist.ungroup(dist.gather_balanced(computed, shares), batches)
 
 
 def cache_features(
@@ -251,146 +162,6 @@ def _estimate(clip: ClipSource, captioner: Captioner, *, may_fail: bool) -> tupl
     return 1 + shape.seconds, tokens * (width * itemsize + LAYOUT_BYTES_PER_TOKEN)
 
 
-def sample_captions(
-    captioner: Captioner,
-    clips: ClipSet,
-    config: SampleConfig,
-    *,
-    name: str,
-    seed: int = 0,
-    folder: Path | None = None,
-) -> list[Caption]:
-    """Sample captions of clips; all captions of a clip are consecutive.
-
-    Args:
-        captioner: the model.
-        clips: clips with their features.
-        config: sampling parameters.
-        name: title of the progress bar.
-        seed: random seed; each clip's own seed is derived from it and the clip's index.
-        folder: folder that gets captions.jsonl, and each batch as soon as it is finished, so that a killed run resumes
-            from there; none to keep the captions in memory.
-    """
-    if folder is None:
-        return _sample(captioner, clips, config, name=name, seed=seed)
-    partial = folder / PARTIAL_NAME
-    captions = load_or_create(
-        folder / CAPTIONS_NAME,
-        Caption,
-        lambda: _sample(captioner, clips, config, name=name, seed=seed, partial=partial),
-    )
-    if dist.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-    return captions
-
-
-def _sample(
-    captioner: Captioner, clips: ClipSet, config: SampleConfig, *, name: str, seed: int, partial: Path | None = None
-) -> list[Caption]:
-    references = clips.references
-    lengths = [len(clips.features_of(reference)) for reference in references]
-    batch_size = _batch_size(captioner, lengths, config)
-    if partial:
-        request = {
-            "model": captioner.name,
-            "prompt": captioner.default_prompt(),
-            "sampling": asdict(config),
-            "seed": seed,
-            "clips": [[reference.video, length] for reference, length in zip(references, lengths, strict=True)],
-        }
-        batch_size = _resume(partial, request, batch_size=batch_size)
-    batches = make_batches(lengths, size=batch_size // config.num_samples)
-    finished = _find_finished(partial, num_batches=len(batches)) if partial else {}
-    generator = _make_generator(captioner, clips, batch_size=max(batch_size, config.num_samples))
-
-    size = config.num_samples // len(config.shares())
-
-    def sample(number: int) -> list[list[Caption]]:
-        if number in finished:
-            captions = read_records(finished[number], Caption)
-        else:
-            shares = [
-                generator.generate(
-                    [
-                        CaptionRequest(
-                            Path(references[index].video),
-                            sampling=replace(config, temperature=temperature, temperatures=None),
-                            seed=seed * 1_000_003 + index + (share << 40),  # the same would correlate the shares
-                            num_samples=size,
-                        )
-                        for index in batches[number]
-                    ]
-                )
-                for share, temperature in enumerate(config.shares())
-            ]
-            captions = [
-                replace(one, sample=share * size + one.sample)
-                for of_clip in zip(*shares, strict=True)
-                for share, group in enumerate(of_clip)
-                for one in group
-            ]
-            if partial:
-                write_records(_partial_path(partial, number), captions)
-        return [captions[start : start + config.num_samples] for start in range(0, len(captions), config.num_samples)]
-
-    num_generated = config.num_samples * config.max_new_tokens
-    costs = [
-        0 if number in finished else sum(lengths[index] + num_generated for index in indices)
-        for number, indices in enumerate(batches)
-    ]
-    return [one for group in map_batches(sample, batches, costs, name=name, unit="clip") for one in group]
-
-
-def _batch_size(captioner: Captioner, lengths: Sequence[int], config: SampleConfig) -> int:
-    """Return the number of captions to generate at once: as configured, or as many as fit on each rank's GPU."""
-    device = captioner.network.device
-    if device.type != "cuda" or not lengths:
-        return config.batch_size
-    numbers = NumberSizes(captioner.network.dtype.itemsize, captioner.network.dtype.itemsize)
-    bytes_of = partial(kv_cache_bytes, Stack.of(captioner.network.lm.config.get_text_config()), numbers)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
-    size = largest_batch(
-        config.batch_size,
-        num_samples=config.num_samples,
-        prefix_bytes=bytes_of(tokens=max(lengths) + MAX_PROMPT_TOKENS),
-        caption_bytes=bytes_of(tokens=config.max_new_tokens),
-        budget=KV_CACHE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached),
-    )
-    return min(dist.gather([size]))  # all ranks share the same batches
-
-
-def _make_generator(captioner: Captioner, clips: ClipSet, *, batch_size: int) -> CachedGenerator:
-    features = {Path(reference.video): clips.features_of(reference) for reference in clips.references}
-    return CachedGenerator(captioner, features, batch_size=batch_size)
-
-
-def _partial_path(partial: Path, number: int) -> Path:
-    return partial / f"part_{number:05d}.jsonl"
-
-
-def _resume(partial: Path, request: Mapping[str, Any], *, batch_size: int) -> int:
-    """Return the batch size of a killed run with this request, whose batches are kept, or else the given one."""
-    if dist.is_main():  # only rank 0 looks, as NFS shows files late
-        path = partial / REQUEST_NAME
-        request = dict(json.loads(json.dumps(request)))  # with lists for tuples, as in the file
-        before = read_json(path) if path.is_file() else {}
-        stored = before.pop("batch_size", None)
-        if before == request and stored:
-            batch_size = stored
-        elif partial.is_dir():
-            log.warning("%s contains captions of other clips, or from another model or config; sampling again", partial)
-            shutil.rmtree(partial)
-        write_json(path, request | {"batch_size": batch_size})
-    return dist.gather([batch_size])[0]
-
-
-def _find_finished(partial: Path, *, num_batches: int) -> dict[int, Path]:
-    """Return the files of the batches that a killed run finished."""
-    paths = {number: _partial_path(partial, number) for number in range(num_batches)}
-    finished = [number for number, path in paths.items() if dist.is_main() and path.is_file()]
-    return {number: paths[number] for number in dist.gather([finished])[0]}
-
-
 def judge_captions(
     captions: Sequence[Caption],
     references: Mapping[str, Reference],
@@ -438,25 +209,6 @@ def drop_unscored(results: Sequence[T | Unscored], *, name: str) -> list[T]:
             raise ValueError(text)
         log.warning(text)
     return [result for result in results if not isinstance(result, Unscored)]
-
-
-def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_size: int = 256) -> list[Caption]:
-    """Answer all questions about clips; the prompt of each answer is its question."""
-    questions = [(reference, item.question) for reference in clips.references for item in reference.questions]
-    lengths = [len(clips.features_of(reference)) for reference, _ in questions]
-    sampling = SampleConfig(max_new_tokens=MAX_ANSWER_TOKENS, num_samples=1, batch_size=batch_size)
-    batch_size = _batch_size(captioner, lengths, sampling)
-    batches = make_batches(lengths, size=batch_size)
-    generator = _make_generator(captioner, clips, batch_size=batch_size)
-
-    def answer(number: int) -> list[Caption]:
-        batch = [questions[index] for index in batches[number]]
-        sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
-        requests = [CaptionRequest(Path(reference.video), question, sampling) for reference, question in batch]
-        return [caption for (caption,) in generator.generate(requests)]
-
-    costs = [sum(lengths[index] + MAX_ANSWER_TOKENS for index in indices) for indices in batches]
-    return map_batches(answer, batches, costs, name=name, unit="question")
 
 
 def evaluate(captioner: Captioner, clips: ClipSet, *, judge: Judge, sampling: SampleConfig, name: str) -> Evaluation:

@@ -24,8 +24,8 @@ from salmonn.caption.processor import PromptRow
 from salmonn.model.network import Network
 from salmonn.preference.rating import Rating
 from salmonn.records import Caption
+from salmonn.train.batches import map_batches
 from salmonn.train.data import ClipSet
-from salmonn.train.evaluate import map_batches
 from salmonn.train.parallel import trainable_parameters
 from salmonn.train.run_folder import load_or_create
 

@@ -23,7 +23,7 @@ from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
 from salmonn.train.dry_run import print_adapter_plan
-from salmonn.train.evaluate import CAPTIONS_NAME, PARTIAL_NAME, RATES_NAME, SampleConfig
+from salmonn.train.evaluate import RATES_NAME
 from salmonn.train.influence import INFLUENCE_NAME, split_clips
 from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
@@ -32,6 +32,7 @@ from salmonn.train.reward_rounds import LABEL_FILES
 from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
+from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME, SampleConfig
 
 # Settings, or groups of them, that results depend on.
 LOADING = ("model", "placement", "frames", "reader")

@@ -39,12 +39,13 @@ from salmonn.preference.reward_model import (
 )
 from salmonn.records import Caption, Reference, read_json, read_records, write_json
 from salmonn.train.data import ClipSet, ClipSource
-from salmonn.train.evaluate import CAPTIONS_NAME, judge_captions
+from salmonn.train.evaluate import judge_captions
 from salmonn.train.parallel import StrategyName
 from salmonn.train.reward import RewardTrainer, RewardTrainingConfig
 from salmonn.train.rounds import rate_captions
 from salmonn.train.run_folder import is_missing
 from salmonn.train.run_log import PROXY_NAME, REWARD_ROUND_NAME, RewardRound
+from salmonn.train.sampling import CAPTIONS_NAME
 
 log = logging.getLogger(__name__)
 REWARD_DIR, LABELS_DIR, AUDIT_DIR = "reward", "labels", "audit"

@@ -17,7 +17,7 @@ from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.reward_model import answer_rows, answer_states
 from salmonn.records import temporary_path
-from salmonn.train.evaluate import map_batches
+from salmonn.train.batches import map_batches
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 
 STATES_NAME = "states.safetensors"

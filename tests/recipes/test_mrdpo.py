@@ -35,12 +35,12 @@ from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet
-from salmonn.train.evaluate import SampleConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_log import RewardRound
+from salmonn.train.sampling import SampleConfig
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 from tests.score.fake_llm_server import rule_judge_script

@@ -36,12 +36,13 @@ from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import NOISE
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, heldout_config, render_clips
-from salmonn.train.evaluate import SampleConfig, cache_features, sample_captions
+from salmonn.train.evaluate import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_heads import ObjectiveConfig, fit_head, fit_objective_head
 from salmonn.train.reward_states import RewardExample, compute_states
 from salmonn.train.rounds import rate_captions
+from salmonn.train.sampling import SampleConfig, sample_captions
 
 log = logging.getLogger("gate")
 # Request -> objective -> what it is worth.

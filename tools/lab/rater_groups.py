@@ -49,8 +49,9 @@ from salmonn.synthetic.raters import (
 )  # fmt: skip
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import heldout_config, render_clips
-from salmonn.train.evaluate import SampleConfig, cache_features, sample_captions
+from salmonn.train.evaluate import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
+from salmonn.train.sampling import SampleConfig, sample_captions
 
 log = logging.getLogger("raters")
 MIN_DIFFERENCE = 0.1  # of utilities of a pair that accuracy is measured on

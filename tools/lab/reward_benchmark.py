@@ -37,9 +37,10 @@ from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.benchmark_clips import encode_benchmark_clips
 from salmonn.train.data import ClipSet, heldout_config, render_clips
-from salmonn.train.evaluate import SampleConfig, cache_features, sample_captions
+from salmonn.train.evaluate import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.rounds import rate_captions
+from salmonn.train.sampling import SampleConfig, sample_captions
 
 MIN_GAP = 0.1  # of the judge's ratings, for a pair to be learned from
 L2 = 3e-3

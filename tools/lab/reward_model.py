@@ -33,12 +33,13 @@ from salmonn.score.metrics import compute_rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, heldout_config, render_clips
-from salmonn.train.evaluate import SampleConfig, cache_features, sample_captions
+from salmonn.train.evaluate import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_heads import fit_claims, fit_head
 from salmonn.train.reward_states import RewardExample, compute_states
 from salmonn.train.rounds import rate_captions
+from salmonn.train.sampling import SampleConfig, sample_captions
 
 log = logging.getLogger("reward lab")
 NUM_LABELLED = (25, 50, 100, 200, 400)
