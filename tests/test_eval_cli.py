@@ -74,7 +74,7 @@ def test_dream1k(call, serve, dream, tmp_path):
 
 def test_videos_without_captions_are_listed(call, dream):
     code, out, _ = call("eval", "dream1k", dream)
-    assert code == 0 and '--prompt "Describe the video in detail." --modality visual' in out
+    assert code == 0 and "--prompt 'Describe the video in detail.' --modality visual" in out
     listed = dream.with_suffix(".videos.txt").read_text().splitlines()
     assert listed[0] == str(dream.parent / "a.mp4") and len(listed) == 4
 

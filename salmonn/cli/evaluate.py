@@ -1,10 +1,12 @@
 """`salmonn eval`: score captions on a public captioning benchmark whose files a user has."""
 
+import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -13,32 +15,9 @@ from tqdm import tqdm
 from salmonn.cli.options import SOME_FAILED, add_judge_options, judge_config, new_table, plural
 from salmonn.config import FlagParser
 from salmonn.records import write_json, write_text
-from salmonn.score import autodq
+from salmonn.score.benchmarks import BENCHMARKS, Benchmark
 
-BenchmarkName = Literal["testset", "dream1k"]
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """How captions of a benchmark are made and scored.
-
-    Args:
-        title: name and source.
-        flags: flags of `salmonn caption`; the model's own prompt and frames where they say nothing.
-        judge: language model that judges in published results.
-    """
-
-    title: str
-    flags: str
-    judge: str
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "testset": Benchmark("video-SALMONN 2 test set (arXiv 2506.15220)", "", "gpt-3.5-turbo-0125"),
-    "dream1k": Benchmark(
-        "DREAM-1K (arXiv 2407.00634)", f'--prompt "{autodq.PROMPT}" --modality visual', "gpt-35-turbo-0125"
-    ),
-}
+BenchmarkName = Literal["testset", "dream1k", "omnicloze", "avscapbench", "ugc"]
 
 
 def eval_parser() -> FlagParser:
@@ -49,8 +28,10 @@ def eval_parser() -> FlagParser:
         f"print the command that captions them with the benchmark's prompt. {listed}."
     )
     parser.add_argument("benchmark", type=BenchmarkName, help="benchmark: " + ", ".join(BENCHMARKS))
+    files = ", ".join(one.file for one in BENCHMARKS.values())
+    parser.add_argument("data", type=Path, help=f"annotations of the benchmark ({files})")
     parser.add_argument(
-        "data", type=Path, help="annotations of the benchmark (DREAM-1k.jsonl, video_salmonn2_test.json)"
+        "--videos", type=Path | None, default=None, help="folder of its videos (default: where the benchmark puts them)"
     )
     parser.add_argument("--captions", type=Path | None, default=None, help="captions of its videos")
     parser.add_argument("--out", type=Path | None, default=None, help="JSON file for rates and scores")
@@ -60,11 +41,12 @@ def eval_parser() -> FlagParser:
 
 def run_eval(values: Namespace) -> int:
     """Print the rates of a benchmark, or how to caption its videos."""
+    benchmark = BENCHMARKS[values.benchmark]
     if values.captions is None:
         if values.out:
             raise ValueError("--out needs --captions, a file of captions to score")
-        return _explain(values)
-    if values.benchmark == "testset":
+        return _explain(values, benchmark)
+    if benchmark.score_one is None:
         from salmonn.cli.score import run_score, score_parser
 
         arguments = score_parser().parse_args(
@@ -73,55 +55,62 @@ def run_eval(values: Namespace) -> int:
         shared = {name: value for name, value in vars(values).items() if name in vars(arguments)}
         shared |= {"captions": values.captions, "out": None, "summary": values.out}
         return run_score(Namespace(**(vars(arguments) | shared)))
-    config = judge_config(values)
-    if config.kind == "rule":
-        raise ValueError("dream1k is judged by a language model; pass --judge openai with --base-url and --model")
-    return _score_dream(values)
+    if judge_config(values).kind == "rule":
+        raise ValueError(
+            f"{values.benchmark} is judged by a language model; pass --judge openai with --base-url and --model"
+        )
+    return _score(values, benchmark)
 
 
-def _explain(values: Namespace) -> int:
+def _explain(values: Namespace, benchmark: Benchmark) -> int:
     """Write the list of videos and print the command that captions them."""
-    from salmonn.score.formats import read_references
-
-    if values.benchmark == "dream1k":
-        videos = [item.video for item in autodq.read_dream(values.data)]
-    else:
-        videos = list(read_references(values.data))
+    items = benchmark.read(values.data)
     path = values.data.with_suffix(".videos.txt")
-    write_text(path, "".join(f"{values.data.parent / video}\n" for video in videos))
-    one = BENCHMARKS[values.benchmark]
-    flags = f" {one.flags}" if one.flags else ""
+    folder = _video_folder(values, benchmark)
+    write_text(path, "".join(f"{os.path.normpath(folder / item.video)}\n" for item in items))
+    flags = "" if benchmark.prompt is None else f" --prompt {quote(benchmark.prompt(values.data))}"
+    flags += "" if benchmark.modality == "both" else f" --modality {benchmark.modality}"
+    videos = f" --videos {quote(str(values.videos))}" if values.videos else ""
+    prompt = "the benchmark's prompt" if benchmark.prompt else "the model's own prompt"
     sys.stdout.write(
-        f"{one.title}: {plural(len(videos), 'video')} listed in {path}. To caption them, with the model's own frame "
-        "sampling, and to score the captions:\n"
+        f"{benchmark.title}: {plural(len(items), 'video')} listed in {path}. To caption them, with {prompt} and "
+        "the model's own frame sampling, and to score the captions:\n"
         f"salmonn caption --list {quote(str(path))} --out captions.jsonl{flags} --model MODEL\n"
-        f"salmonn eval {values.benchmark} {quote(str(values.data))} --captions captions.jsonl "
+        f"salmonn eval {values.benchmark} {quote(str(values.data))}{videos} --captions captions.jsonl "
         "--base-url URL --model JUDGE\n"
     )
     return 0
 
 
-def _score_dream(values: Namespace) -> int:
+def _video_folder(values: Namespace, benchmark: Benchmark) -> Path:
+    if values.videos is not None:
+        return Path(values.videos)
+    if benchmark.folder is None:
+        raise ValueError(
+            f"{values.data} does not say where the videos of {benchmark.title} are: name their folder as --videos"
+        )
+    return benchmark.folder(values.data)
+
+
+def _score(values: Namespace, benchmark: Benchmark) -> int:
     from salmonn.preference.reward import make_llm_client
+    from salmonn.score.benchmark_items import judge_items, match_captions
     from salmonn.score.formats import read_captions
 
-    items = autodq.read_dream(values.data)
-    by_path = {str(values.data.parent / item.video): item.video for item in items}
-    by_path |= {item.video: item.video for item in items}
-    found = [one for one in read_captions(values.captions) if one.video in by_path]
-    captions = {by_path[one.video]: one.text for one in found}
-    if len(captions) < len(found):
-        raise ValueError(
-            f"{values.captions} has {len(found)} captions of {plural(len(captions), 'video')}; the benchmark scores "
-            "one caption of each whole video"
-        )
+    assert benchmark.score_one is not None
+    items = benchmark.read(values.data)
+    try:
+        captions = match_captions(read_captions(values.captions), items, _video_folder(values, benchmark))
+    except ValueError as error:
+        raise ValueError(f"{values.captions}: {error}") from error
     if not captions:
         raise ValueError(f"{values.captions} has no caption of a video of {values.data}; their paths must agree")
     config = judge_config(values)
     with tqdm(total=len(items), desc="judging", unit=" captions") as bar:
-        scores, unscored = autodq.score_dream(
+        scores, unscored = judge_items(
             items,
             captions,
+            benchmark.score_one,
             make_llm_client(config),
             attempts=config.attempts,
             seed=values.seed or 0,
@@ -133,24 +122,30 @@ def _score_dream(values: Namespace) -> int:
         sys.stderr.write(f"unscored: {plural(len(unscored), 'video')}, excluded from the rates\n")
     if not scores:
         return SOME_FAILED
-    rates = autodq.compute_dream_rates(scores)
-    table = new_table(
-        f"{BENCHMARKS['dream1k'].title}, judged by {config.model}, %", ("F1", "recall", "precision", "videos")
-    )
-    for name, rate in rates.items():
-        figures = (f"{100 * value:.1f}" for value in (rate.f1, rate.recall, rate.precision))
-        table.add_row(name, *figures, str(rate.num_videos))
-    Console(width=100).print(table)
+    rates = benchmark.rates(scores)
+    _print_table(benchmark, rates, judge=config.model)
     if values.out:
-        by_category = {name: asdict(rate) | {"f1": rate.f1} for name, rate in rates.items()}
-        write_json(
-            values.out,
-            {
-                "benchmark": values.benchmark,
-                "judge": config.model,
-                "rates": by_category,
-                "scores": [asdict(one) for one in scores],
-                "unscored": [asdict(one) for one in unscored],
-            },
-        )
+        columns = (benchmark.columns or {}).values()
+        result = {
+            "benchmark": values.benchmark,
+            "judge": config.model,
+            "rates": {row: {field: getattr(rate, field) for field in columns} for row, rate in rates.items()},
+            "scores": [asdict(one) for one in scores],
+            "unscored": [asdict(one) for one in unscored],
+        }
+        write_json(values.out, result)
     return SOME_FAILED if unscored else 0
+
+
+def _print_table(benchmark: Benchmark, rates: Mapping[str, Any], *, judge: str) -> None:
+    columns = benchmark.columns or {}
+    table = new_table(f"{benchmark.title}, judged by {judge}", tuple(columns))
+    for row, rate in rates.items():
+        table.add_row(row, *(_format(getattr(rate, field), name) for name, field in columns.items()))
+    Console(width=120).print(table)
+
+
+def _format(value: float | None, column: str) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if column.endswith("%") else str(value)

@@ -10,24 +10,13 @@ differ from published ones, as they do between judges.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from salmonn.records import Unscored
-from salmonn.score.chat_client import LLMRejectedError
-from salmonn.score.judge import ProgressCallback
-from salmonn.score.llm_client import LLMClient
-from salmonn.score.llm_judge import (
-    Attempt,
-    InvalidReplyError,
-    ask_with_retries,
-    encode_data,
-    object_schema,
-    parse_object,
-)
+from salmonn.score.benchmark_items import Ask
+from salmonn.score.llm_judge import InvalidReplyError, encode_data, object_schema, parse_object
 
 PROMPT = "Describe the video in detail."  # of the benchmark, for the captioner
 MAX_EVENTS = 10
@@ -134,56 +123,27 @@ def read_dream(path: Path) -> list[DreamItem]:
     return items
 
 
-def score_dream(
-    items: Sequence[DreamItem],
-    captions: Mapping[str, str],
-    client: LLMClient,
-    *,
-    attempts: int = 3,
-    seed: int = 0,
-    progress: ProgressCallback | None = None,
-) -> tuple[list[DreamScore], list[Unscored]]:
-    """Score descriptions; a video without one is not scored.
-
-    Args:
-        items: videos of the benchmark.
-        captions: video -> description.
-        client: client of the judging language model.
-        attempts: maximum number of requests for each question.
-        seed: seed of the first request.
-        progress: called with the number of videos just scored.
-    """
-
-    def ask(system: str, data: object, schema: dict[str, Any], parse: Callable[[str], list[Any]]) -> list[Any]:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": encode_data(data)}]
-        return ask_with_retries(client, [Attempt(messages, schema, parse)] * attempts, seed=seed)
+def judge_dream(item: DreamItem, caption: str, ask: Ask) -> DreamScore:
+    """List the events of a caption and its reference, and classify each; raises what `ask` raises."""
 
     def extract(text: str) -> list[str]:
-        return ask(_EXTRACT, {"description": text}, _EVENTS_SCHEMA, parse_events)
+        events: list[str] = ask(_EXTRACT, encode_data({"description": text}), _EVENTS_SCHEMA, parse_events)
+        return events
 
     def compare(events: Sequence[str], text: str) -> list[tuple[str, str]]:
         if not events:
             return []
-        data = {"description": text, "events": list(events)}
-        return ask(_COMPARE, data, _CLASSES_SCHEMA, lambda reply: parse_classes(reply, events))
-
-    def score_one(item: DreamItem) -> DreamScore | Unscored:
-        if not captions.get(item.video, "").strip():
-            return Unscored(item.video, "it has no caption")
-        reference, caption = item.caption.lower(), captions[item.video].lower()
-        try:
-            of_reference = compare(item.events or extract(reference), caption)
-            of_caption = compare(extract(caption), reference)
-        except (InvalidReplyError, LLMRejectedError) as error:
-            return Unscored(item.video, str(error))
-        return DreamScore(
-            item.video, item.category, _entailed(of_reference), _entailed(of_caption), of_reference, of_caption
+        data = encode_data({"description": text, "events": list(events)})
+        classes: list[tuple[str, str]] = ask(
+            _COMPARE, data, _CLASSES_SCHEMA, lambda reply: parse_classes(reply, events)
         )
+        return classes
 
-    results = client.map_concurrent(score_one, items, progress=lambda _: progress(1) if progress else None)
-    return (
-        [one for one in results if isinstance(one, DreamScore)],
-        [one for one in results if isinstance(one, Unscored)],
+    reference, caption = item.caption.lower(), caption.lower()
+    of_reference = compare(item.events or extract(reference), caption)
+    of_caption = compare(extract(caption), reference)
+    return DreamScore(
+        item.video, item.category, _entailed(of_reference), _entailed(of_caption), of_reference, of_caption
     )
 
 
