@@ -44,6 +44,7 @@ from salmonn.train.data import (
     all_texts,
     check_texts,
     conversation_examples,
+    drop_sounds,
     heldout_config,
     make_examples,
     read_clips,
@@ -433,6 +434,8 @@ def measure(captioner: Captioner, heldout: ClipSet, run: Run) -> None:
     """Evaluate the model on the held-out clips, and write captions, scores and summary."""
     config = run.config
     cache = open_feature_cache(config.feature_cache, captioner)
+    if not captioner.processor.family.hears:
+        heldout = drop_sounds(heldout)
     (clips,) = cache_features(captioner, heldout, name="held-out clips", cache=cache, left_out=run.left_out)
     result = evaluate(captioner, clips, judge=run.judge, sampling=SampleConfig(), name="held-out")
     if dist.is_main():

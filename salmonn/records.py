@@ -318,6 +318,8 @@ class Score:
         repeated: parts of the caption that paraphrase other parts, if the judge quotes them.
         start_seconds, end_seconds: the part of the video that was captioned, as in the caption.
         dialogue: how the caption quotes speech; None, and absent from files, if there is nothing to compare.
+        num_excluded: number of events of the reference that do not count, and are not in N, because the model was given
+            frames alone or audio alone (`Caption.modality`); absent from files if 0.
     """
 
     video: str
@@ -336,6 +338,7 @@ class Score:
     start_seconds: float | None = None
     end_seconds: float | None = None
     dialogue: Dialogue | None = None
+    num_excluded: int = 0
 
     @property
     def incorrect_events(self) -> tuple[str, ...]:

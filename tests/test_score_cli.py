@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,24 @@ def test_a_caption_of_a_span_is_scored_against_its_events(call, clips, tmp_path)
         args = ("--references", tmp_path / "refs.jsonl", "--out", tmp_path / "s.jsonl")
         assert call("score", tmp_path / "c.jsonl", *args)[0] == 0
         assert read_scores(tmp_path / "s.jsonl").scores[0].missing == missing
+
+
+def test_sounds_do_not_count_for_captions_of_frames_alone(call, clips, tmp_path):
+    references = clips.references
+    captions = [Caption(one.video, one.visual_caption, modality="visual") for one in references]
+    write_records(tmp_path / "c.jsonl", captions)
+    files = ("--out", tmp_path / "s.jsonl", "--summary", tmp_path / "s.json", "--report", tmp_path / "r.html")
+    code, out, err = call("score", tmp_path / "c.jsonl", "--references", clips.root / "clips.jsonl", *files)
+    assert code == 0, err
+    num_sounds = sum(event.is_audible for reference in references for event in reference.events)
+    note = f"not counted: {num_sounds} events that {len(captions)} captions of frames alone or audio alone cannot be"
+    assert shown(out)["Missing"][0] == "0.00" and note in out and note in (tmp_path / "r.html").read_text()
+    assert json.loads((tmp_path / "s.json").read_text())["num_excluded"] == num_sounds
+    write_records(tmp_path / "c.jsonl", [replace(one, modality="both") for one in captions])
+    code, out, _ = call("score", tmp_path / "c.jsonl", "--references", clips.root / "clips.jsonl", *files[2:4])
+    num_events = sum(len(one.events) for one in references)
+    assert code == 0 and shown(out)["Missing"][0] == f"{100 * num_sounds / num_events:.2f}" and "not counted" not in out
+    assert "num_excluded" not in json.loads((tmp_path / "s.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,13 @@ def _require_outputs(values: Namespace) -> None:
 
 def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> dict[str, object]:
     """Return all metrics of a scored set as JSON values."""
+    num_excluded = sum(score.num_excluded for score in scored.scores)
     return {
         "judge_info": asdict(scored.judge_info),
         "rates": asdict(figures),
         "intervals": {name: asdict(interval) for name, interval in intervals.items()},
         "unscored": [asdict(one) for one in scored.unscored],
+        **({"num_excluded": num_excluded} if num_excluded else {}),
         "as_published": asdict(scored.as_published) if scored.as_published else None,
         "as_published_with_all_videos": asdict(scored.with_all) if scored.with_all else None,
     }
@@ -153,6 +155,8 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
     table.add_row("Order (Kendall's tau)", "-" if figures.order is None else f"{figures.order:+.3f}", "")
     table.add_row("Length in words", f"{figures.words:.1f}", "")
     console.print(table)
+    if note := _note_excluded(scored.scores):
+        console.print(note, highlight=False, soft_wrap=True)
     if len(judge_info.totals) > 1:
         found = [100 * total for total in judge_info.totals if total is not None]
         totals = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judge_info.totals)
@@ -165,6 +169,15 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
         )
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
+
+
+def _note_excluded(scores: Sequence["Score"]) -> str:
+    """Return a sentence about the events that do not count for captions of frames alone or audio alone, if any."""
+    counts = [score.num_excluded for score in scores if score.num_excluded]
+    if not counts:
+        return ""
+    made, events = plural(len(counts), "caption"), plural(sum(counts), "event")
+    return f"not counted: {events} that {made} of frames alone or audio alone cannot be expected to mention"
 
 
 def print_dialogue(scores: Sequence["Score"]) -> dict[str, object]:
@@ -234,6 +247,8 @@ def _write_report(
     absent = len(references) - len({caption.video for caption in captions} & set(references))
     counted = "count as completely missed" if values.protocol == "salmonn" else "are excluded from all metrics"
     notes = [f"{absent} of {len(references)} videos have no caption and {counted}."] if absent else []
+    if note := _note_excluded(scored.scores):
+        notes.append(f"{note}.")
     if scored.with_all:
         notes.append(
             f"Total by the published protocol is {scored.with_all.total:.3f} over all {scored.with_all.num_videos} "

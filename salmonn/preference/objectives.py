@@ -20,7 +20,7 @@ from typing import Literal
 
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.records import Caption, Reference, Score
-from salmonn.score.judge import restrict_to_span
+from salmonn.score.judge import restrict_to_caption
 
 Debias = Literal["gold", "published", "none"]
 OBJECTIVES = ("seen", "heard", "correct", "faithful", "ordered", "unrepeated", "length")
@@ -82,7 +82,7 @@ def judged_objectives(
     judged = []
     for score in scores:
         if caption := caption_of.get((score.video, score.sample, score.start_seconds, score.end_seconds)):
-            reference = restrict_to_span(references[score.video], caption)
+            reference = restrict_to_caption(references[score.video], caption)
             judged.append((caption, objectives_of(score, reference)))
     return judged
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from salmonn.preference.objectives import DIALOGUE, OBJECTIVES, objectives_of
 from salmonn.preference.rating import Rating
 from salmonn.records import Caption, Comparison, Reference
-from salmonn.score.judge import restrict_to_span
+from salmonn.score.judge import restrict_to_caption
 
 # Margins are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.
 _ROUNDING = 1e-9
@@ -40,7 +40,7 @@ class RatedCaption:
     def objectives(self) -> Mapping[str, float | None]:
         """Named objectives by a judge's score, or else the parts of the rating."""
         if self.rating.score and self.reference:
-            reference = restrict_to_span(self.reference, self.caption)
+            reference = restrict_to_caption(self.reference, self.caption)
             dialogue = self.rating.score.dialogue
             return {
                 **dict(zip(OBJECTIVES, objectives_of(self.rating.score, reference), strict=True)),

@@ -49,9 +49,8 @@ def write_scores(path: Path | str, judge_info: JudgeInfo, results: Sequence[Scor
 
 def _score_line(result: Score | Unscored) -> dict[str, Any]:
     values = asdict(result)
-    if values.get("dialogue", ...) is None:
-        del values["dialogue"]
-    return values
+    absent = {"dialogue": None, "num_excluded": 0}
+    return {name: value for name, value in values.items() if name not in absent or value != absent[name]}
 
 
 def read_scores(path: Path | str) -> ScoreFile:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from salmonn.records import Caption, Event, Mention, Reference, Score, Unscored
+from salmonn.records import Caption, Event, Mention, Modality, Reference, Score, Unscored
 from salmonn.score.dialogue import count_dialogue
 from salmonn.score.repetition import count_repeated_words
+from salmonn.speech import Dialogue
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ def make_score(
 ) -> Score:
     """Build the score of a judged caption.
 
+    Events that the caption's modality excludes do not count (`is_expected`): neither as missing nor as mentioned. What
+    the caption says wrongly about one of them is hallucinated, since the model was not given it.
+
     Args:
         task: caption and reference.
         missed: events that the caption does not mention.
@@ -80,24 +84,47 @@ def make_score(
             literally repeated words is stored, because both counts include the literal repetitions.
     """
     num_verbatim, num_words = count_repeated_words(task.caption.text)
+    modality = task.caption.modality
+    expected = [event for event in missed if is_expected(event, modality)]
+    counted = [mention for mention in mentions if is_expected(mention.event, modality)]
+    others = [mention for mention in mentions if not is_expected(mention.event, modality)]
+    false_claims = [mention.quote or mention.event.text for mention in others if not mention.is_correct]
+    num_events, num_hallucinated = len(expected) + len(counted), len(hallucinations) + len(false_claims)
     return Score(
         video=task.reference.video,
         sample=task.caption.sample,
-        num_events=len(missed) + len(mentions),
-        missing=len(missed),
-        incorrect=sum(not mention.is_correct for mention in mentions),
-        hallucinated=len(hallucinations),
+        num_events=num_events,
+        missing=len(expected),
+        incorrect=sum(not mention.is_correct for mention in counted),
+        hallucinated=num_hallucinated,
         num_words=num_words,
         num_repeated_words=max(num_verbatim, num_repeated_words),
         finished=task.caption.finished,
-        missed=tuple(event.text for event in missed),
-        mentions=tuple(mentions),
-        hallucinations=tuple(hallucinations),
+        missed=tuple(event.text for event in expected),
+        mentions=tuple(counted),
+        hallucinations=(*hallucinations, *false_claims),
         repeated=tuple(repeated),
         start_seconds=task.caption.start_seconds,
         end_seconds=task.caption.end_seconds,
-        dialogue=count_dialogue(task.caption.text, task.reference),
+        dialogue=_count_expected_dialogue(task),
+        num_excluded=len(missed) + len(mentions) - num_events,
     )
+
+
+def is_expected(event: Event, modality: Modality | None) -> bool:
+    """Return whether a caption made from this modality can be expected to mention an event; None expects all.
+
+    Without audio, sounds and speech are not expected; without frames, what can be seen is not.
+    """
+    return modality in (None, "both") or event.is_audible == (modality == "audio")
+
+
+def _count_expected_dialogue(task: ScoringTask) -> Dialogue | None:
+    """Return how the caption quotes speech; None if the reference has speech that the model was not given."""
+    events = task.reference.events
+    if any(one.modality == "speech" and not is_expected(one, task.caption.modality) for one in events):
+        return None
+    return count_dialogue(task.caption.text, task.reference)
 
 
 def match_references(
@@ -142,10 +169,14 @@ def empty_caption_tasks(
 ) -> list[ScoringTask]:
     """Make a task with an empty caption for each reference without one, so that all its events count as missing.
 
+    If all captions are of one modality, the events that it excludes do not count here, either.
+
     Raises:
         ValueError: the judge cannot use one of these references.
     """
     captioned = {caption.video for caption in captions}
+    modalities = {caption.modality for caption in captions}
+    modality = modalities.pop() if len(modalities) == 1 else None  # a model without audio would have heard nothing here
     uncaptioned = [video for video in references if video not in captioned]
     if uncaptioned:
         logger.warning(
@@ -156,7 +187,17 @@ def empty_caption_tasks(
         )
     for video in uncaptioned:
         judge.check(references[video])
-    return [ScoringTask(references[video], Caption(video, "")) for video in uncaptioned]
+    return [ScoringTask(references[video], Caption(video, "", modality=modality)) for video in uncaptioned]
+
+
+def restrict_to_caption(reference: Reference, caption: Caption) -> Reference:
+    """Return the reference with only the events that count in the caption's score: of its part, and its modality.
+
+    Raises:
+        ValueError: see `restrict_to_span`.
+    """
+    part = restrict_to_span(reference, caption)
+    return replace(part, events=tuple(event for event in part.events if is_expected(event, caption.modality)))
 
 
 def restrict_to_span(reference: Reference, caption: Caption) -> Reference:

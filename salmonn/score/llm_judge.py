@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from salmonn.records import Mention, Reference, Score, Unscored
 from salmonn.score.chat_client import LLMRejectedError
-from salmonn.score.judge import ProgressCallback, ScoringTask, make_score
+from salmonn.score.judge import ProgressCallback, ScoringTask, is_expected, make_score
 from salmonn.score.llm_client import LLMClient
 from salmonn.score.llm_protocol import ChatMessage, read_integer
 from salmonn.score.text_spans import count_words, find_all_quotes, find_quote, overlap
@@ -425,7 +425,9 @@ class LLMJudge:
         """
         groups: dict[tuple[object, ...], list[int]] = {}
         for index, task in enumerate(tasks):
-            groups.setdefault((task.reference.video, task.reference.events, task.caption.text), []).append(index)
+            events = task.reference.events
+            expected = tuple(event for event in events if is_expected(event, task.caption.modality))
+            groups.setdefault((task.reference.video, events, expected, task.caption.text), []).append(index)
         results: list[Score | Unscored] = [Unscored("", "")] * len(tasks)
 
         def judge_group(indices: Sequence[int]) -> int:

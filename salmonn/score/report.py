@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from salmonn.records import Caption, Event, EventModality, Failure, JudgeInfo, Reference, Score, Unscored, write_text
 from salmonn.score.highlight import Highlight, Quote, find_missed_events, highlight_caption, locate_quotes
-from salmonn.score.judge import restrict_to_span
+from salmonn.score.judge import restrict_to_caption
 from salmonn.score.metrics import Rates, compute_measures
 from salmonn.templates import load_template
 
@@ -214,7 +214,7 @@ def _with_captions(report: Report) -> list[tuple[Score, Caption | None]]:
 
 def _missed_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event | None]]:
     reference = report.references.get(score.video, Reference(score.video))
-    return find_missed_events(score, (restrict_to_span(reference, caption) if caption else reference).events)
+    return find_missed_events(score, (restrict_to_caption(reference, caption) if caption else reference).events)
 
 
 def _classified_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event]]:

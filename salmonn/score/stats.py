@@ -145,10 +145,13 @@ def compare_sets(
         )
     unequal = [key for key in common if before[key].num_events != after[key].num_events]
     if unequal:
+        first_one, second_one = before[unequal[0]], after[unequal[0]]
+        remedy = "score both sets against the same references"
+        if first_one.num_events + first_one.num_excluded == second_one.num_events + second_one.num_excluded:
+            remedy = "only one set was captioned with video and audio; caption both with the same --modality"
         raise ValueError(
-            f"{len(unequal)} captions were scored against different events, first {unequal[0][0]} "
-            f"({before[unequal[0]].num_events} and {after[unequal[0]].num_events} events): score both sets against the "
-            "same references"
+            f"{len(unequal)} captions were scored against different events, first {first_one.video} "
+            f"({first_one.num_events} and {second_one.num_events} events): {remedy}"
         )
     videos = sorted({video for video, *_ in common})
     pairs = [(before[key], after[key]) for key in common]

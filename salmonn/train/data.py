@@ -5,6 +5,7 @@ reads one from references of its own videos or renders synthetic clips. `SftBatc
 """
 
 import functools
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -25,6 +26,8 @@ from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
 from salmonn.records import Comparison, Modality, Reference, iter_numbered_records, read_records
 from salmonn.synthetic.render import SynthConfig, make_clips
 
+log = logging.getLogger(__name__)
+
 SftTask = Literal[
     "caption",
     "human_caption",
@@ -37,6 +40,7 @@ SftTask = Literal[
     "visual_questions",
 ]
 VISUAL_KINDS = ("colour", "order", "where", "direction")  # kinds of questions that the frames alone answer
+AUDIBLE_KINDS = ("count", "sound", "when")  # kinds of synthetic clips' questions that need the audio
 CLIPS_NAME = "clips.jsonl"
 HELDOUT_SEED_OFFSET = 1_000_000  # between the seeds of training and held-out clips
 T = TypeVar("T")
@@ -169,6 +173,30 @@ def read_clips(path: Path, *, check: Callable[[Reference], None] | None = None) 
     clips = ClipSet(references, path.parent)
     require_files([clips.source(reference) for reference in references], root=clips.root)
     return clips
+
+
+def drop_sounds(clips: ClipSet) -> ClipSet:
+    """Return clips for a model that does not hear: captions of what can be seen, and no questions about sounds.
+
+    The events stay: by them a judge tells true statements about sounds from false ones, and those that the caption does
+    not mention do not count (`salmonn.score.judge.is_expected`).
+    """
+    references = [
+        replace(
+            one,
+            caption=one.visual_caption or one.caption,
+            questions=tuple(item for item in one.questions if item.kind not in AUDIBLE_KINDS),
+        )
+        for one in clips.references
+    ]
+    if num_without := sum(not one.visual_caption.strip() for one in clips.references):
+        log.warning(
+            "the model hears nothing, and %d of %d references have no visual_caption: their caption is used, which may "
+            "describe sounds",
+            num_without,
+            len(references),
+        )
+    return replace(clips, references=references)
 
 
 def check_texts(record: Reference | Comparison | Conversation, processor: Processor) -> None:

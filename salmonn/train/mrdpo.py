@@ -21,7 +21,7 @@ from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.render import SynthConfig
-from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
+from salmonn.train.data import ClipSet, check_texts, drop_sounds, heldout_config, read_clips, render_clips
 from salmonn.train.dry_run import print_adapter_plan
 from salmonn.train.evaluate import RATES_NAME
 from salmonn.train.influence import INFLUENCE_NAME, split_clips
@@ -308,6 +308,8 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
             (config.heldout_references, heldout_synth, check),
         )
     )
+    if not processor.family.hears:
+        train, heldout = drop_sounds(train), drop_sounds(heldout)
     if config.num_questions and not any(reference.questions for reference in train.references):
         raise ValueError(
             f"qa_fraction is {config.qa_fraction}, but the references have no questions; add some, or set 0"

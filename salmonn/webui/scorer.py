@@ -8,7 +8,7 @@ from typing import Any
 
 from salmonn.records import Caption, Event, EventModality, Modality, Reference, Score, Unscored, parse_record
 from salmonn.score.events import list_events
-from salmonn.score.judge import Judge, ScoringTask, restrict_to_span
+from salmonn.score.judge import Judge, ScoringTask, restrict_to_caption, restrict_to_span
 from salmonn.score.llm_client import LLMClient
 from salmonn.synthetic.parser import split_caption
 
@@ -71,20 +71,23 @@ class CaptionScorer:
         return replace(analysis, score=score, reference=part)
 
     def score(self, caption: Caption, reference: Reference, *, modality: Modality = "both") -> tuple[Reference, Score]:
-        """Return the part of the reference that a caption is scored against, and the score.
+        """Return the reference with the events that count for a caption, and the score.
 
         Raises:
             ValueError: the caption cannot be scored; the message gives the reason.
         """
         complete = reference if reference.events else self._add_events(reference)
-        part = restrict_to_span(restrict_to_modality(complete, modality), caption)
-        if not part.events:
+        caption = replace(caption, video=complete.video)
+        if modality != "both":
+            caption = replace(caption, modality=modality)
+        part, counted = restrict_to_span(complete, caption), restrict_to_caption(complete, caption)
+        if not counted.events:
             raise ValueError("the reference has no events for this part of the video and this choice of video or audio")
         self.judge.check(part)
-        (result,) = self.judge.judge([ScoringTask(part, replace(caption, video=part.video))])
+        (result,) = self.judge.judge([ScoringTask(part, caption)])
         if isinstance(result, Unscored):
             raise ValueError(result.reason)
-        return part, result
+        return counted, result
 
     def _add_events(self, reference: Reference) -> Reference:
         """Split the caption of a reference into events."""
@@ -92,14 +95,6 @@ class CaptionScorer:
         if failed:
             raise ValueError(failed[0].reason)
         return split
-
-
-def restrict_to_modality(reference: Reference, modality: Modality) -> Reference:
-    """Keep only the visual events, or only the audible ones."""
-    if modality == "both":
-        return reference
-    events = tuple(event for event in reference.events if event.is_audible == (modality == "audio"))
-    return replace(reference, events=events)
 
 
 def reference_caption(reference: Reference, modality: Modality) -> str:

@@ -5,14 +5,12 @@ qwenvl/data/data_qwen.py and qwenvl/model/qwen3_vl/ of github.com/WeChatCV/D-ORC
 """
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from salmonn.caption.captioner import Captioner
@@ -22,38 +20,13 @@ from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import train_tokenizer
 from salmonn.conversations import Turn
 from salmonn.media.clip import Clip
-from salmonn.model.families import from_published
 from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import Network
 from salmonn.train.data import ClipSource, SftBatches, TrainingExample, all_texts, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, fit
-from tests.qwen3_vl import TEXT, VISION
+from tests.d_orca import save_tiny
 
 RATE, PROMPT = 4.0, "Tell."
-WHISPER = dict(num_mel_bins=16, d_model=24, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32)
-QFORMER = dict(
-    hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, encoder_width=24,
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-)  # fmt: skip
-PUBLISHED_NAMES = (
-    (r"^vision\.encoder\.", "model.visual."),
-    (r"^lm\.model\.language_model\.", "model.language_model."),
-    (r"^lm\.", ""),
-    (r"^audio\.encoder\.", "model.audio."),
-    (r"^audio\.projector\.", "model.audio.audio_proj."),
-    (r"^audio\.qformer\.queries", "model.audio.q_tokens"),
-    (r"^audio\.qformer\.qformer\.layernorm\.", "model.audio.qformer.bert.embeddings.LayerNorm."),
-    (r"^audio\.qformer\.qformer\.", "model.audio.qformer.bert."),
-    (r"(attention)\.attention\.", r"\1.self."),
-)
-
-
-def published_name(name: str) -> str:
-    """Return the name of a weight in the published checkpoint."""
-    for pattern, published in PUBLISHED_NAMES:
-        name = re.sub(pattern, published, name)
-    return name
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +35,7 @@ def captioner(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "d-orca"
     texts = [*all_texts(clips.references), "seconds Please describe this video"]
     tokenizer = train_tokenizer(texts, vocab_size=400)
-    tokenizer.save_pretrained(str(folder))
-    video_id, audio_id = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
-    values = dict(
-        model_type="qwen3_vl", text_config=TEXT | dict(vocab_size=400), vision_config=VISION, video_token_id=video_id,
-        audio_token_id=audio_id, tie_word_embeddings=False, audio_config=WHISPER | dict(qformer_config=QFORMER),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = Network(from_published(values))
-    weights = {}
-    for name, value in network.state_dict().items():
-        weights[published_name(name)] = value + 0.1 * torch.randn_like(value)
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(values))
-    return Captioner.load(folder)
+    return Captioner.load(save_tiny(folder, tokenizer))
 
 
 def make_clip(numbers, *, audio_seconds, rows=32, columns=48, seconds=5.0):

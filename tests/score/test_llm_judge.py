@@ -398,6 +398,21 @@ def test_empty_captions_and_equal_ones(serve, open_judge):
     assert results[0].missing == results[2].missing == len(reference.events)
 
 
+def test_equal_captions_of_different_modalities(serve, open_judge):
+    """The model sees all events for both; the two texts are judged by themselves, since other events count."""
+    server = serve(rule_judge_script)
+    reference = clips(1)[0].reference
+    num_visual = sum(not event.is_audible for event in reference.events)
+    captions = [Caption("0.mp4", "A blue star blinks.", modality=one) for one in ("both", "visual", None, "visual")]
+    results = open_judge(server).judge([ScoringTask(reference, one) for one in captions])
+    num_events = len(reference.events)
+    assert 0 < num_visual < num_events
+    assert [one.num_events for one in results] == [num_events, num_visual, num_events, num_visual]
+    assert [one.num_excluded for one in results] == [0, num_events - num_visual] * 2
+    contents = {str(request_contents(request)) for request in server.requests}
+    assert len(contents) == 1
+
+
 def test_name_and_prompt_hash(serve, open_judge):
     server = serve(rule_judge_script)
     judge = open_judge(server)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from salmonn.records import Caption, Reference, Score, Unscored
-from salmonn.score.judge import ScoringTask
-from salmonn.score.scoring import judge_passes
+from salmonn.records import Caption, Event, Mention, Reference, Score, Unscored
+from salmonn.score.formats import read_scores, write_scores
+from salmonn.score.judge import ScoringTask, empty_caption_tasks, make_score, match_references, restrict_to_caption
+from salmonn.score.scoring import judge_passes, make_judge_info, score_set
 from salmonn.synthetic.judge import RuleJudge
 
 TASKS = [ScoringTask(Reference(name), Caption(name, "")) for name in "ab"]
@@ -58,3 +59,59 @@ def test_a_pass_without_scores_is_never_reported():
 def test_rejects_invalid_numbers_of_passes(judge, passes, message):
     with pytest.raises(ValueError, match=message):
         judge_passes(TASKS, judge, passes=passes)
+
+
+SEEN, LEAVES = Event("a red circle appears", "visual", 0, 1), Event("the red circle disappears", "visual", 4, 5)
+TONE, SPEECH = Event("a low tone is heard", "audio", 2, 3), Event('a voice says: "we leave at nine"', "speech", 3, 4)
+REFERENCE = Reference("v", (SEEN, TONE, SPEECH, LEAVES))
+
+
+@pytest.mark.parametrize(
+    ("modality", "counts", "hallucinations", "missed"),
+    [
+        # events, missing, incorrect, hallucinated, excluded
+        ("both", (4, 1, 1, 1, 0), ("A star",), (LEAVES.text,)),
+        (None, (4, 1, 1, 1, 0), ("A star",), (LEAVES.text,)),
+        ("visual", (2, 1, 0, 2, 2), ("A star", "a high tone"), (LEAVES.text,)),
+        ("audio", (2, 0, 1, 1, 2), ("A star",), ()),
+    ],
+)
+def test_events_that_the_model_was_not_given_do_not_count(modality, counts, hallucinations, missed):
+    """A wrong tone is hallucinated by a model that hears nothing; the speech, rightly mentioned, is no event of it."""
+    task = ScoringTask(
+        REFERENCE, Caption("v", 'A red circle, a high tone, "we leave at nine". A star.', modality=modality)
+    )
+    mentions = [Mention(SEEN, "A red circle"), Mention(TONE, "a high tone", is_correct=False), Mention(SPEECH, "leave")]
+    score = make_score(task, missed=[LEAVES], mentions=mentions, hallucinations=["A star"])
+    fields = (score.num_events, score.missing, score.incorrect, score.hallucinated, score.num_excluded)
+    assert fields == counts and (score.hallucinations, score.missed) == (hallucinations, missed)
+    assert score.num_events == len(restrict_to_caption(REFERENCE, task.caption).events)
+    assert [mention.event for mention in score.mentions] == [
+        one for one in (SEEN, TONE, SPEECH) if modality in ("both", None) or one.is_audible == (modality == "audio")
+    ]
+    assert (score.dialogue is None) == (modality == "visual")
+
+
+def test_captions_of_a_part_and_missing_captions_have_a_modality_too(tmp_path):
+    """Sounds that no caption of a set could mention are not missing where a video has no caption either."""
+    judge = RuleJudge()
+    reference = Reference("v", (SEEN, TONE, LEAVES))
+    references = {"v": reference, "w": Reference("w", (SEEN, TONE))}
+    deaf = [Caption("v", "A red circle appears.", modality="visual")]
+    scored = score_set(references, deaf, judge)
+    assert [(one.num_events, one.missing, one.num_excluded) for one in scored.scores] == [(2, 1, 1), (1, 1, 1)]
+    for others in ([Caption("v", "A red circle appears.", modality="both")], [Caption("v", "A red circle appears.")]):
+        scored = score_set(references, others, judge)
+        assert [(one.num_events, one.missing, one.num_excluded) for one in scored.scores] == [(3, 2, 0), (2, 2, 0)]
+    late = Caption("v", "", start_seconds=1.5, modality="visual")
+    (task,) = match_references(references, [late], judge)
+    assert task.reference.events == (TONE, LEAVES) and restrict_to_caption(reference, late).events == (LEAVES,)
+    (task,) = empty_caption_tasks(references, [*deaf, late], judge)
+    assert task.caption == Caption("w", "", modality="visual")
+
+    write_scores(
+        tmp_path / "s.jsonl", make_judge_info(judge), [*score_set(references, deaf, judge).scores, *scored.scores]
+    )
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()[1:]
+    assert ["num_excluded" in line for line in lines] == [True, True, False, False]  # absent as in files of before
+    assert [one.num_excluded for one in read_scores(tmp_path / "s.jsonl").scores] == [1, 1, 0, 0]

@@ -158,6 +158,8 @@ def test_captions_are_matched_by_sample_and_part():
         ValueError, match=r"1 captions were scored against different events, first a \(4 and 5 events\)"
     ):
         compare_sets(first, [Score("a", 5, 0, 0, 0)])
+    with pytest.raises(ValueError, match=r"\(4 and 3 events\): only one set was captioned with video and audio"):
+        compare_sets(first, [Score("a", 3, 0, 0, 0, num_excluded=1)])
 
 
 def test_rejects_sets_without_common_captions():

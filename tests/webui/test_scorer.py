@@ -9,7 +9,6 @@ from salmonn.webui.scorer import (
     parse_reference,
     reference_caption,
     references_by_file_name,
-    restrict_to_modality,
 )
 
 APPEARS = Event("a red circle appears", "visual", 1.0, 2.0)
@@ -123,11 +122,7 @@ def test_invalid_references(text, expected):
     assert "one event per line" in str(caught.value)
 
 
-def test_restricted_to_a_modality():
-    assert restrict_to_modality(REFERENCE, "both") == REFERENCE
-    assert restrict_to_modality(REFERENCE, "visual").events == (APPEARS, DISAPPEARS) and restrict_to_modality(
-        REFERENCE, "audio"
-    ).events == (TONE,)
+def test_the_reference_caption_of_a_modality():
     assert [reference_caption(REFERENCE, modality) for modality in ("both", "visual", "audio")] == [
         "Both.",
         "Seen.",
