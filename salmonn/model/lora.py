@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from salmonn.model.families.base import Family
 from salmonn.model.network import Network
 from salmonn.records import atomic_folder, read_json, write_json
 
@@ -181,9 +182,12 @@ def load_adapter(network: Network, path: Path | str) -> None:
             "pickled adapter_model.bin"
         ) from error
     _require_plain_lora(config, path)
-    targets = tuple(sorted(config.target_modules))
-    attach_lora(network, LoraConfig(config.r, config.lora_alpha, config.lora_dropout, targets), seed=0)
-    set_adapter_weights(network, {key: tensor for key, tensor in tensors.items() if ".lora_" in key})
+    lora = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    targets = config.target_modules
+    if isinstance(targets, str):  # a pattern of the names of a whole model, as ms-swift writes it
+        targets = {key.partition(".lora_")[0].rpartition(".")[2] for key in lora}
+    attach_lora(network, LoraConfig(config.r, config.lora_alpha, config.lora_dropout, tuple(sorted(targets))), seed=0)
+    set_adapter_weights(network, lora)
     _replace_weights(network, {key: tensor for key, tensor in tensors.items() if ".lora_" not in key})
 
 
@@ -195,12 +199,9 @@ def _require_plain_lora(config: "PeftLoraConfig", path: Path | str) -> None:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "bias": config.bias != "none",
-        "target_modules as a pattern": isinstance(config.target_modules, str),
     }
     if used := [option for option, is_on in options.items() if is_on]:
-        raise ValueError(
-            f"the adapter in {path} uses {', '.join(used)}; only plain LoRA with a list of target modules is supported"
-        )
+        raise ValueError(f"the adapter in {path} uses {', '.join(used)}; only plain LoRA is supported")
 
 
 def set_adapter_weights(network: Network, tensors: Mapping[str, Tensor]) -> None:
@@ -215,13 +216,7 @@ def set_adapter_weights(network: Network, tensors: Mapping[str, Tensor]) -> None
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
 
-    published = "base_model.model.model.layers."
-    renamed = {
-        key.replace(published, f"base_model.model.{network.family.decoder_prefix}layers.", 1).replace(
-            ".default.", "."
-        ): tensor
-        for key, tensor in tensors.items()
-    }
+    renamed = {adapter_key(network.family, key): tensor for key, tensor in tensors.items()}
     expected = get_peft_model_state_dict(network.lm).keys()
     if expected != renamed.keys():
         raise ValueError(
@@ -231,14 +226,21 @@ def set_adapter_weights(network: Network, tensors: Mapping[str, Tensor]) -> None
     set_peft_model_state_dict(network.lm, renamed)
 
 
+def adapter_key(family: Family, key: str) -> str:
+    """Return our name of a matrix of an adapter: for our network, the code of its base, or a whole Omni model."""
+    peft, name = "base_model.model.", key.removeprefix("base_model.model.").replace(".default.", ".")
+    if not name.startswith(f"{family.decoder_prefix}layers."):
+        name = family.own_weight_name(name)
+    return peft + name.removeprefix("lm.")
+
+
 def _replace_weights(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """Replace weights of the network by those of an adapter's modules_to_save."""
     parameters = dict(network.named_parameters())
     unknown = []
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.").replace("modules_to_save.", "").replace(".default.", ".")
-        for pattern, ours in network.family.weight_names.items():
-            name = re.sub(pattern, ours, name)
+        name = network.family.own_weight_name(name)
         # A module that was trained in full is saved with its buffers, which are constants.
         if any(re.search(pattern, name) for pattern in network._keys_to_ignore_on_load_unexpected):
             continue

@@ -6,7 +6,6 @@ it. So a trained model in the published layout has exactly the files that code f
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,7 +80,7 @@ def write_published_layout(model: Path, folder: Path, *, base: str) -> None:
     }
     published, used = dict[str, Tensor](), set[str]()
     for name, tensor in _read_base(base):
-        own = _own_name(name, family.weight_names)
+        own = family.own_weight_name(name)
         if own in tensors and tensors[own].shape != tensor.shape:
             raise ValueError(
                 f"{model} was not trained from {base}: {name} has shape {tuple(tensor.shape)} there and "
@@ -110,7 +109,7 @@ def write_adapter(adapter: Path, folder: Path, *, base: str) -> None:
     # Adapters have the module names of the code for the base, which its checkpoint has, too.
     first = "layers.0.self_attn.q_proj.weight"
     own = f"lm.{family.decoder_prefix}{first}"
-    theirs = next(name for name in _base_files(base) if _own_name(name, family.weight_names) == own)
+    theirs = next(name for name in _base_files(base) if family.own_weight_name(name) == own)
     ours, theirs = f"base_model.model.{family.decoder_prefix}", f"base_model.model.{theirs.removesuffix(first)}"
     tensors = load_file(adapter / ADAPTER_WEIGHTS_NAME)
     renamed = {name.replace(ours, theirs, 1): tensor for name, tensor in tensors.items()}
@@ -118,12 +117,6 @@ def write_adapter(adapter: Path, folder: Path, *, base: str) -> None:
     write_json(
         folder / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": base}
     )
-
-
-def _own_name(name: str, weight_names: Mapping[str, str]) -> str:
-    for pattern, replacement in weight_names.items():
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _base_files(base: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ The model is transformers' thinker. Of its processor, the audio part and the met
 are; its video processor needs torchvision, so that of it `patchify` alone runs, on frames that are normalized here.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers.video_processing_utils
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -32,7 +34,7 @@ from salmonn.model.loading import load_config
 from salmonn.model.publish import write_published_layout
 from salmonn.model.towers import normalize
 from salmonn.train.feature_cache import FeatureCache
-from tests.omni_models import Published, make_clip, make_qwen2_5_omni, make_qwen3_omni
+from tests.omni_models import Published, make_clip, make_qwen2_5_omni, make_qwen3_omni, published_name
 
 PROMPT, ANSWER = "Describe the video.", "a red circle moves"
 CLIPS = {
@@ -294,3 +296,33 @@ def test_a_trained_model_is_written_in_the_published_layout(captioner, published
     write_published_layout(tmp_path / "model", tmp_path / "out", base=str(published.folder))
     written, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", published.folder))
     assert written.keys() == base.keys() and all(torch.equal(written[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("are_renamed", [False, True])
+@torch.no_grad()
+def test_an_adapter_of_ms_swift(published, cases, tmp_path, are_renamed):
+    """It adapts a whole Omni model, whose thinker has other names in older versions of transformers, too."""
+    omni = torch.nn.Module()
+    omni.thinker = copy.deepcopy(published.model)
+    projections = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    pattern = rf"^(thinker\.model(?=\.)(?!\.visual|\.audio_tower).*\.({projections}))$"
+    adapted = get_peft_model(omni, LoraConfig(r=4, lora_alpha=8, target_modules=pattern)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "additional_config.json").write_text('{"lora_dtype": null, "lorap_lr_ratio": null}')
+    assert isinstance(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"], str)
+    if are_renamed:
+        start, weights = "base_model.model.thinker.", load_file(tmp_path / "adapter_model.safetensors")
+        weights = {
+            f"base_model.model.{published_name(name.removeprefix(start))}": value for name, value in weights.items()
+        }
+        assert all(name.startswith(f"{start}model.layers.") for name in weights)
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+    network, plain = (Captioner.load(published.folder, adapter=adapter).network for adapter in (tmp_path, None))
+    for name, case in cases.items():
+        ours = network(case.ours, distributions=True)
+        theirs = omni.thinker(**case.theirs).logits[0, -len(ours) - 1 : -1].log_softmax(-1)
+        assert (ours - theirs).abs().max() < 1e-4, name
+        assert (ours - plain(case.ours, distributions=True)).abs().max() > 0.1, name

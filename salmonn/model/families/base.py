@@ -8,6 +8,7 @@ To add a backbone, write one file in this folder with a subclass of `Family`, an
 import copy
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -132,6 +133,13 @@ class Family(ABC):
         The decoder takes them as `visual_pos_masks` and `deepstack_visual_embeds`, as those of transformers do.
         """
         return 0
+
+    @classmethod
+    def own_weight_name(cls, name: str) -> str:
+        """Return our name of a weight of a published checkpoint; a name that is ours already may change."""
+        for pattern, replacement in cls.weight_names.items():
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def split_weight(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Return the parts of a weight that published checkpoints have one by one, such as experts, by our names."""
