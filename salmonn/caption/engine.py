@@ -31,6 +31,7 @@ from salmonn.caption.loader import ClipReader, LimitedReadSpec, ReadSpec
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip
+from salmonn.model.adapters import Adapter, MergedAdapter
 from salmonn.model.layout import ClipFeatures, ClipInputs
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,12 @@ class GenerationHandle:
         num_prompt_tokens: tokens of the clip and the prompt; 0 until the file is read.
         num_completion_tokens: tokens of all samples so far, end tokens included.
         reading_seconds: time from submission to the end of reading; 0 until then.
+        adapter: adapter that the request is answered with.
     """
 
-    def __init__(self, engine: "Engine", *, num_samples: int, on_event: OnEvent) -> None:
+    def __init__(
+        self, engine: "Engine", *, num_samples: int, on_event: OnEvent, adapter: Adapter | None = None
+    ) -> None:
         self.num_samples = self.num_unfinished = num_samples
         self.num_prompt_tokens = self.num_completion_tokens = 0
         self.reading_seconds = 0.0
@@ -71,6 +75,7 @@ class GenerationHandle:
         self.reading: Future[tuple[ClipInputs | ClipFeatures, int]] | None = None
         self.cache_key: ClipKey | None = None
         self.submitted_at = time.monotonic()
+        self.adapter = adapter
         self._engine = engine
         self._on_event = on_event
 
@@ -148,6 +153,7 @@ class Engine:
         self._is_closing = False
         self._is_aborted = threading.Event()
         # Used by the model thread alone.
+        self._weights = MergedAdapter(captioner.network)
         self._batch = captioner.streaming_generator()
         self._running: dict[int, _Sequence] = {}  # by row number of the batch
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -189,13 +195,14 @@ class Engine:
         finally:
             handle.cancel()
 
-    def submit(self, request: CaptionRequest, *, on_event: OnEvent) -> GenerationHandle:
+    def submit(self, request: CaptionRequest, *, on_event: OnEvent, adapter: Adapter | None = None) -> GenerationHandle:
         """Start a request without waiting for it.
 
         Args:
             request: request; its file is read and prefilled once for all its samples.
             on_event: called in other threads with (number of the sample, text delta). The last delta of each sample
                 holds the completion; an error ends all unfinished samples, and is the last event.
+            adapter: adapter to answer with; requests with another one wait until the batch is empty.
 
         Raises:
             Overloaded: too many requests are active.
@@ -206,7 +213,7 @@ class Engine:
         if request.sampling and request.sampling.json_schema is not None:
             self.captioner.processor.json_grammars.check(request.sampling.json_schema)
         read_spec = self._limit_duration(self.captioner.read_spec(request))
-        handle = GenerationHandle(self, num_samples=request.num_samples, on_event=on_event)
+        handle = GenerationHandle(self, num_samples=request.num_samples, on_event=on_event, adapter=adapter)
         with self._changed:
             if self._is_closing:
                 raise Overloaded(SHUTTING_DOWN)
@@ -366,8 +373,11 @@ class Engine:
         first, admitted, num_tokens = self._queue[0], list[_Sequence](), 0
         if first.must_run_alone or any(sequence.must_run_alone for sequence in self._running.values()):
             return [] if self._running else [first]
+        adapter = first.handle.adapter
+        if self._running and adapter is not self._weights.current:
+            return []
         num_free = self.batch_size - len(self._running)
-        compatible = (sequence for sequence in self._queue if sequence.sampling == first.sampling)
+        compatible = (one for one in self._queue if one.sampling == first.sampling and one.handle.adapter is adapter)
         for _, group in groupby(compatible, key=lambda sequence: id(sequence.handle)):
             samples = list(group)
             num_tokens += samples[0].num_tokens
@@ -384,6 +394,7 @@ class Engine:
         """Prefill the prompts of sequences and add them to the batch."""
 
         def prefill() -> None:
+            self._weights.use(admitted[0].handle.adapter)  # changes them only while nothing else is in the batch
             self._encode(admitted)
             rows = self._batch.add(
                 [sequence.clip for sequence in admitted],

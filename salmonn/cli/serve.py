@@ -48,6 +48,13 @@ def _add_access_options(parser: FlagParser) -> None:
     group.add_argument(
         "--allowed_dirs", nargs="+", type=Path, default=[], help="folders whose files requests may refer to"
     )
+    group.add_argument(
+        "--lora_dirs",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="folders from which clients may load LoRA adapters with POST /v1/load_lora_adapter",
+    )
     hosts = "hosts from which files may be fetched, such as example.org, *.example.org or host:port"
     group.add_argument("--allow_hosts", nargs="+", type=str, default=[], help=hosts)
     group.add_argument(
@@ -165,6 +172,7 @@ def _settings(
         keys=keys,
         hosts=tuple(host.lower() for host in (values.host, *values.server_names)),
         origins=tuple(values.allowed_origins),
+        adapter_dirs=tuple(values.lora_dirs),
     )
 
 

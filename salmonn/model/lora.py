@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -91,6 +91,25 @@ def merge_adapter(network: Network) -> None:
 
 
 @dataclass(frozen=True)
+class LoraFactors:
+    """The update of a projection's weight, scaling * B A.
+
+    Args:
+        a: A, (rank, inputs) float32.
+        b: B, (outputs, rank) float32.
+        scaling: alpha / rank.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def product(self, device: torch.device) -> Tensor:
+        """Return the update."""
+        return (self.b.to(device) @ self.a.to(device)) * self.scaling
+
+
+@dataclass(frozen=True)
 class MergeRounding:
     """How much of an adapter's update remains when the merged weights are rounded to their type.
 
@@ -117,13 +136,13 @@ def merge_in_float32(network: Network, folders: Sequence[Path]) -> MergeRounding
     Returns:
         Rounding of the last adapter's update: the applied update is that from the rounded sum of those before.
     """
-    adapters = [_read_products(folder) for folder in folders]
+    adapters = [read_factors(folder) for folder in folders]
     along = length = lost = 0.0
     for name in dict.fromkeys(key for adapter in adapters for key in adapter):
         weight = network.lm.get_parameter(f"{name}.weight")
         before = exact = weight.float()
         for adapter in adapters:
-            delta = _product(adapter[name], weight.device) if name in adapter else torch.zeros_like(exact)
+            delta = adapter[name].product(weight.device) if name in adapter else torch.zeros_like(exact)
             before, exact = exact, exact + delta
         merged = exact.to(weight.dtype)
         applied = merged.float() - before.to(weight.dtype).float()
@@ -135,17 +154,25 @@ def merge_in_float32(network: Network, folders: Sequence[Path]) -> MergeRounding
     return MergeRounding(along / length, math.sqrt(lost / length)) if length else MergeRounding(1.0, 0.0)
 
 
-def _product(factors: tuple[Tensor, Tensor, float], device: torch.device) -> Tensor:
-    a, b, scaling = factors
-    return (b.to(device) @ a.to(device)) * scaling
+def read_factors(folder: Path, family: Family | None = None) -> dict[str, LoraFactors]:
+    """Return the matrices of each projection of a saved adapter, by its name in the language model.
 
+    Args:
+        folder: PEFT folder.
+        family: family of the model, for an adapter with published names; none for one that `save_adapter` has written.
 
-def _read_products(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return the (A, B, alpha / rank) of each projection of a saved adapter, by its name in the language model."""
+    Raises:
+        ValueError: it is no plain LoRA.
+    """
     config, tensors = read_json(folder / ADAPTER_CONFIG_NAME), load_file(folder / ADAPTER_WEIGHTS_NAME)
     half = ".lora_A.weight"
+    if family:
+        _require_plain_lora(config, folder)
+        tensors = {adapter_key(family, key): tensor for key, tensor in tensors.items()}
+        if unknown := [key for key in tensors if not key.endswith((half, ".lora_B.weight"))]:
+            raise ValueError(f"it has other weights than LoRA matrices: {', '.join(sorted(unknown)[:8])}")
     return {
-        key.removeprefix("base_model.model.").removesuffix(half): (
+        key.removeprefix("base_model.model.").removesuffix(half): LoraFactors(
             tensors[key].float(),
             tensors[key.replace("lora_A", "lora_B")].float(),
             config["lora_alpha"] / config["r"],
@@ -181,7 +208,7 @@ def load_adapter(network: Network, path: Path | str) -> None:
             f"{path} has no readable adapter: {error}. Only safetensors are supported; tools/convert.py converts a "
             "pickled adapter_model.bin"
         ) from error
-    _require_plain_lora(config, path)
+    _require_plain_lora(config.to_dict(), path)
     lora = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     targets = config.target_modules
     if isinstance(targets, str):  # a pattern of the names of a whole model, as ms-swift writes it
@@ -191,15 +218,10 @@ def load_adapter(network: Network, path: Path | str) -> None:
     _replace_weights(network, {key: tensor for key, tensor in tensors.items() if ".lora_" not in key})
 
 
-def _require_plain_lora(config: "PeftLoraConfig", path: Path | str) -> None:
+def _require_plain_lora(config: Mapping[str, Any], path: Path | str) -> None:
     """Raise a ValueError for other kinds of adapters, which would be merged with a wrong scale."""
-    options = {
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "bias": config.bias != "none",
-    }
+    options = {name: config.get(name) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
+    options["bias"] = config.get("bias", "none") != "none"
     if used := [option for option, is_on in options.items() if is_on]:
         raise ValueError(f"the adapter in {path} uses {', '.join(used)}; only plain LoRA is supported")
 

@@ -2,6 +2,7 @@
 
 POST /v1/chat/completions   GET /v1/models   GET /v1/models/NAME   GET /health, /ping   GET /metrics   GET /version
 GET /docs, /openapi.json   POST, GET, DELETE /v1/files (see `files.py`)
+POST /v1/load_lora_adapter, /v1/unload_lora_adapter (see `adapters.py`)
 """
 
 import asyncio
@@ -25,6 +26,8 @@ from starlette.types import Receive, Scope, Send
 from salmonn import __version__
 from salmonn.caption.engine import SHUTTING_DOWN, Engine, Overloaded
 from salmonn.caption.streaming import TextDelta
+from salmonn.model.adapters import Adapter
+from salmonn.serve.adapters import AdapterStore, adapter_routes
 from salmonn.serve.body import Body
 from salmonn.serve.content import ClipPart
 from salmonn.serve.docs import render_docs
@@ -76,6 +79,7 @@ class ServerConfig:
         hosts: names by which clients may address the server, besides localhost and IP addresses. This protects against
             DNS rebinding: a web page whose own name resolves to this server cannot use it from a visitor's browser.
         origins: origins of web pages that may use the server from a visitor's browser (CORS); "*" allows all.
+        adapter_dirs: folders that clients may load adapters from; none disables loading.
     """
 
     name: str
@@ -86,6 +90,7 @@ class ServerConfig:
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    adapter_dirs: tuple[Path, ...] = ()
 
 
 class Service:
@@ -113,6 +118,7 @@ class Service:
         self.is_closing = False
         self.num_requests = 0
         self.files = FileStore(uploads / "files", config.files)
+        self.adapters = AdapterStore(engine.captioner.network, config.adapter_dirs, base_name=config.name)
         self._created = int(time.time())
         self._logprobs = LogprobsFormat(engine.captioner.processor)
         self._aborted = asyncio.Event()
@@ -195,9 +201,8 @@ class Service:
                 request, max_bytes=self.max_body_bytes, max_file_bytes=self.config.sources.fetch_policy.max_bytes
             )
         chat, events = await until_disconnect(request, self._submit(body, context))
-        builder = ResponseBuilder(
-            context.id, self.config.name, int(time.time()), self._logprobs, include_usage=chat.include_usage
-        )
+        name = self.config.name if chat.model in _ANY_MODEL else chat.model
+        builder = ResponseBuilder(context.id, name, int(time.time()), self._logprobs, include_usage=chat.include_usage)
         if not chat.stream:
 
             async def gather() -> dict[str, Any]:
@@ -225,7 +230,7 @@ class Service:
             chat = await asyncio.to_thread(self._parse, body)
             media = await self._resolve(chat.clip, body, context)
         context.num_bytes, context.source = media.num_bytes, media.source
-        events = context.submit(replace(chat.request, path=media.path))
+        events = context.submit(replace(chat.request, path=media.path), adapter=self._find_adapter(chat.model))
         # Errors name the file as the client knows it, and not by its path on this machine.
         name = chat.clip.url if media.source == "local" else f"the {chat.clip.kind}"
         return chat, _replace_in_errors(events, str(media.path), name)
@@ -233,8 +238,7 @@ class Service:
     def _parse(self, body: Body) -> ChatRequest:
         chat = parse_chat_request(body.text, limits=self.config.limits)
         body.check_references(chat.clip.url)
-        if chat.model not in (*_ANY_MODEL, self.config.name):
-            raise self._model_not_found(chat.model)
+        self._find_adapter(chat.model)
         schema = chat.request.sampling.json_schema if chat.request.sampling else None
         if schema is not None:  # here, and not in the event loop: compiling it may take a second
             try:
@@ -242,6 +246,13 @@ class Service:
             except ValueError as error:
                 raise RequestError(str(error), param=JSON_SCHEMA_PARAM) from error
         return chat
+
+    def _find_adapter(self, model: str) -> Adapter | None:
+        """Return the adapter that a request's model names, if any; raises a RequestError for an unknown model."""
+        adapter = self.adapters.find(model)
+        if adapter is None and model not in (*_ANY_MODEL, self.config.name):
+            raise self._model_not_found(model)
+        return adapter
 
     async def _resolve(self, clip: ClipPart, body: Body, context: RequestContext) -> ResolvedMedia:
         """Return the file of a clip; errors name its place in the request."""
@@ -294,11 +305,14 @@ class Service:
         return JSONResponse(content, status_code=200 if status == "ok" else 503)
 
     def models(self) -> dict[str, Any]:
-        """Return the list of models, which has one entry."""
-        return {"object": "list", "data": [self._model_json()]}
+        """Return the list of models: the model itself, and its adapters."""
+        adapters = [self.adapters.describe(name) for name in self.adapters.names]
+        return {"object": "list", "data": [self._model_json(), *adapters]}
 
     def model(self, name: str) -> Response:
         """Return the model of a name."""
+        if self.adapters.find(name):
+            return JSONResponse(self.adapters.describe(name))
         if name != self.config.name:
             return self._to_error(self._model_not_found(name)).to_response()
         return JSONResponse(self._model_json())
@@ -308,7 +322,7 @@ class Service:
 
     def _model_not_found(self, name: str) -> RequestError:
         return RequestError(
-            f"model {name[:100]!r} not found; available: {self.config.name}",
+            f"model {name[:100]!r} not found; available: {', '.join([self.config.name, *self.adapters.names])}",
             param="model",
             status=404,
             code="model_not_found",
@@ -456,6 +470,10 @@ def make_app(service: Service) -> FastAPI:
         dependencies=[Depends(service.check_origin), Depends(service.check_open)],
     )
 
+    if service.adapters.is_enabled:
+        app.include_router(
+            adapter_routes(service.adapters), dependencies=[Depends(service.check_origin), Depends(service.check_open)]
+        )
     _add_information_routes(app, service)
 
     @app.get("/openapi.json", include_in_schema=False)

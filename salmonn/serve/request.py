@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import TextDelta
+from salmonn.model.adapters import Adapter
 from salmonn.serve.body import Body, BodyScanner
 from salmonn.serve.fetch import TooLargeError
 from salmonn.serve.metrics import Metrics
@@ -129,7 +130,9 @@ class RequestContext:
             self._folder = Path(tempfile.mkdtemp(dir=self._uploads))
         return self._folder
 
-    def submit(self, request: CaptionRequest) -> AsyncIterator[tuple[int, TextDelta]]:
+    def submit(
+        self, request: CaptionRequest, *, adapter: Adapter | None = None
+    ) -> AsyncIterator[tuple[int, TextDelta]]:
         """Submit a request to the engine and yield its events (number of the sample, text delta).
 
         Raises what `Engine.submit` raises; the iterator also raises TimeoutError.
@@ -141,7 +144,7 @@ class RequestContext:
             with suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(events.put_nowait, (sample, event))
 
-        self._handle = self._engine.submit(request, on_event=on_event)
+        self._handle = self._engine.submit(request, on_event=on_event, adapter=adapter)
         return self._receive(events, request.num_samples)
 
     async def _receive(
