@@ -29,7 +29,7 @@ from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import SelectionConfig, make_selector
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Caption, Comparison, parse_record, read_json, read_records, write_json
-from salmonn.train.checkpoint import checkpointed, require_free_space
+from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import (
     ClipSet,
     ClipSource,
@@ -75,14 +75,14 @@ from salmonn.train.rounds import (
     require_margin,
     stop_reason,
 )
-from salmonn.train.run_folder import is_complete, is_missing, merge_checkpoint, num_bytes, open_run
+from salmonn.train.run_folder import is_complete, is_missing, merge_checkpoint, open_run
 from salmonn.train.run_log import (
     REWARD_ROUND_NAME,
     SUMMARY_NAME,
     RewardRound,
     RunSummary,
 )
-from salmonn.train.sampling import sample_captions
+from salmonn.train.sampling import CAPTIONS_NAME
 from salmonn.train.stages import ModelPath, Run, Stage, measure, report
 from salmonn.train.trackers import stop_tracker
 
@@ -110,6 +110,9 @@ def main(config: MrDpoConfig) -> None:
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
     open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
+    server = config.server_sampler(processor)
+    if server and is_missing(config.out / "round_1" / CAPTIONS_NAME):
+        server.connect()  # what is wrong with it is found before hours of work
     captioner = config.load_model(config.model)
     selection = config.selection
     require_model(config.reward, captioner, floors=selection.floors or (), min_spreads=selection.min_spreads)
@@ -123,7 +126,7 @@ def main(config: MrDpoConfig) -> None:
     # Clips that became unreadable must not be part of existing results.
     open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
     del captioner
-    run = Run(config, train, heldout, judge, reward)
+    run = Run(config, train, heldout, judge, reward, server)
     summary = RunSummary(sft=measure(config.model, config.out / "sft", run))
     best = run_rounds(run, summary)
     if best:
@@ -287,12 +290,8 @@ def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Capt
         Captions, ratings, and the smallest difference of two ratings that counts.
     """
     config, folder, min_gap = run.config, run.folder(number), run.config.selection.min_gap
-    captioner = config.load_model(policy)
-    require_free_space(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of work
-    captions = sample_captions(
-        captioner, run.train, config.sampling, name=f"{folder.name}: sampling", seed=run.seed(number), folder=folder
-    )
-    del captioner  # a reward model is another network, and a GPU may hold only one
+    adapters, name = adapters_of_rounds(number - 1, config), f"{folder.name}: sampling"
+    captions = run.sample(policy, adapters, run.train, config.sampling, name=name, seed=run.seed(number), folder=folder)
     if config.reward.kind == "model":
         ratings, info = run.reward_rounds.rate(number, captions)
         return captions, ratings, max(min_gap, info.margin(config.reward.min_confidence))
@@ -367,14 +366,13 @@ def make_rebirth_captions(best: Path, run: Run, rebirth: RebirthConfig) -> tuple
         RoundFailedError: the teacher cannot be trained.
     """
     config, folder = run.config, run.config.out / "rebirth"
-    train, teacher = run.train, best
+    train, teacher, adapters = run.train, best, adapters_of_rounds(round_of(best), config)
     if rebirth.tailor != "none":
         preference, train = split_clips(run.train, rebirth.preference_fraction, seed=config.seed)
-        model, drafts_folder = config.load_model(best), folder / "drafts"
-        drafts = sample_captions(
-            model, train, config.sampling, name="rebirth: drafts", seed=config.seed, folder=drafts_folder
+        drafts_folder = folder / "drafts"
+        drafts = run.sample(
+            best, adapters, train, config.sampling, name="rebirth: drafts", seed=config.seed, folder=drafts_folder
         )
-        del model
         student = load_student(best, config, rebirth)
         student.network.checkpoint_layers(rebirth.fit.gradient_checkpointing)
         size = rebirth.fit.micro_batch_size
@@ -386,8 +384,10 @@ def make_rebirth_captions(best: Path, run: Run, rebirth: RebirthConfig) -> tuple
         if rebirth.tailor == "random":
             ratings = shuffle_ratings(ratings, seed=config.seed)
         teacher = align_teacher(best, drafts, ratings, train, run, rebirth)
-    model, greedy = config.load_model(teacher), config.sampling.greedy()
-    return train, sample_captions(model, train, greedy, name="rebirth: captions", seed=config.seed, folder=folder)
+        adapters.append(teacher.parent / "adapter")
+    greedy = config.sampling.greedy()
+    captions = run.sample(teacher, adapters, train, greedy, name="rebirth: captions", seed=config.seed, folder=folder)
+    return train, captions
 
 
 def align_teacher(

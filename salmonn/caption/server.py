@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from salmonn.caption.adaptive_limit import AdaptiveLimit
 from salmonn.caption.generator import (
@@ -34,13 +34,14 @@ from salmonn.caption.server_messages import DEFAULT_PROMPTS, EncodedClip, encode
 from salmonn.caption.server_options import TOKEN_CAP_FLAG, ServerInput, ServerOptions
 from salmonn.caption.shape import Shape, shape_captions
 from salmonn.media.clip import Clip
-from salmonn.media.frame_sampling import FrameOptions, UniformSampler
+from salmonn.media.frame_sampling import FrameOptions, FrameSampler, UniformSampler
 from salmonn.records import Caption, Failure, Modality
 from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.llm_protocol import ChatRequest, ChatResponse, Choice
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEFAULT_TOKENS = 1024
 # One frame per second, in its own size up to a maximum. Of a file that is sent as a whole, audio and damage are read.
@@ -63,6 +64,8 @@ class ServerCaptioner:
     Attributes:
         input: what the server is sent.
         is_own: whether the server is `salmonn serve`, which takes spans and modalities and returns warnings.
+        sampler: rule that chooses the frames to send; none for one frame a second.
+        accepts_empty: whether an empty answer is a caption, as it is where a model is sampled for training.
 
     Raises:
         ValueError: no API key is set for OpenAI's own server.
@@ -76,6 +79,8 @@ class ServerCaptioner:
         self.name = self.client.name
         self.input: ServerInput = "frames" if options.server_input == "auto" else options.server_input
         self.is_own = False
+        self.sampler: FrameSampler | None = None
+        self.accepts_empty = False
         self._limit = AdaptiveLimit(options.concurrency)
         self.client.on_retry = lambda error: self._limit.back_off()
 
@@ -126,13 +131,39 @@ class ServerCaptioner:
         """
         if segments is not None and segments != FixedSegments(math.inf):
             self._require_frames("segments")
+        caption = partial(self._caption_one, shape=shape)
         jobs = (ClipJob(index, request, self.read_spec(request, shape)) for index, request in enumerate(requests))
+        for job, result in self._answer_each(jobs, caption, segments=segments, store=store, reader=reader):
+            yield [SegmentResult(job.index, job.num_segments, result)]
+
+    def generate_each(
+        self, requests: Iterable[CaptionRequest], *, reader: ClipReader | None = None
+    ) -> Iterator[tuple[int, list[Caption] | Failure]]:
+        """Yield the index of each request and its `num_samples` captions, as the server answers; see `caption_batches`.
+
+        Raises:
+            LLMStoppedError: no further request is possible.
+        """
+        jobs = (ClipJob(index, request, self.read_spec(request)) for index, request in enumerate(requests))
+        for job, result in self._answer_each(jobs, lambda job, clip: self._caption(job.request, clip), reader=reader):
+            yield job.index, result
+
+    def _answer_each(
+        self,
+        jobs: Iterable[ClipJob],
+        answer: Callable[[ClipJob, EncodedClip], T],
+        *,
+        segments: SegmentRule | None = None,
+        store: BoundsStore | None = None,
+        reader: ClipReader | None = None,
+    ) -> Iterator[tuple[ClipJob, T | Failure]]:
+        """Read clips, send them, and yield the answers; see `caption_batches`."""
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
             pool = ThreadPoolExecutor(self.options.concurrency)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            in_flight = _InFlight(pool, partial(self._caption_one, shape=shape))
-            batches = reader.batches(jobs, size=1, finish=self._encode, segments=segments, store=store)
+            in_flight = _InFlight(pool, answer)
+            batches = reader.batches(iter(jobs), size=1, finish=self._encode, segments=segments, store=store)
             try:
                 yield from self._send_all(batches, in_flight)
             except (LLMStoppedError, KeyboardInterrupt) as error:
@@ -140,14 +171,14 @@ class ServerCaptioner:
                 if in_flight.jobs and isinstance(error, KeyboardInterrupt):
                     logger.warning("waiting for replies in flight, which will be saved (Ctrl-C again drops them)")
                 while in_flight.jobs:
-                    yield in_flight.take()
+                    yield from in_flight.take()
                 # A request in flight may show that a spend cap is not the real problem.
                 causes = [one for one in in_flight.errors if not isinstance(one, SpendCapError) and one.__cause__]
                 raise (causes[0] if causes and isinstance(error, SpendCapError) else error) from None
 
     def _send_all(
-        self, batches: Iterator[list[ReadResult[EncodedClip]]], in_flight: "_InFlight"
-    ) -> Iterator[list[SegmentResult]]:
+        self, batches: Iterator[list[ReadResult[EncodedClip]]], in_flight: "_InFlight[T]"
+    ) -> Iterator[tuple[ClipJob, T | Failure]]:
         """Send clips as they are read, as many at once as the limit allows; raises an LLMStoppedError.
 
         Clips are taken in a thread, since the next one may be long in coming: results do not wait for it.
@@ -157,7 +188,7 @@ class ServerCaptioner:
             may_send = reading is not None and len(in_flight.jobs) < self._limit.limit
             in_flight.wait(reading if may_send else None)
             if in_flight.has_completed:
-                yield in_flight.take()
+                yield from in_flight.take()
                 in_flight.raise_error()
                 continue
             if reading is None or not may_send or not reading.done():
@@ -168,8 +199,7 @@ class ServerCaptioner:
             ((job, clip),) = batch
             reading = _next_in_thread(batches)
             if isinstance(clip, ValueError):
-                failure = to_failure(job.request, str(clip), stage="read")
-                yield [SegmentResult(job.index, job.num_segments, failure)]
+                yield job, to_failure(job.request, str(clip), stage="read")
             else:
                 in_flight.submit(job, clip)
 
@@ -199,21 +229,24 @@ class ServerCaptioner:
             )
         if request.span != Span() or request.frames or request.modality != "both":
             self._require_frames("spans, modalities and numbers of frames")
-        sampler = _ONE_FRAME
-        if self.input == "frames":
-            sampler = replace(_SAMPLER, max_pixels=self.options.server_max_pixels)
-            if request.frames:
-                num_frames = max(request.frames.num_frames or 0, sampler.max_frames)
-                sampler = replace(sampler, max_frames=num_frames).with_options(request.frames)
         span = request.span
         return ReadSpec(
-            sampler,
+            self._frame_sampler(request.frames) if self.input == "frames" else _ONE_FRAME,
             span.start_seconds,
             span.end_seconds,
             video=request.modality != "audio",
             audio=request.modality != "visual",
             reader=self._reader,
         )
+
+    def _frame_sampler(self, options: FrameOptions | None) -> FrameSampler:
+        """Return the rule that chooses the frames to send; raises a ValueError if it cannot follow the options."""
+        if self.sampler:
+            return self.sampler.with_options(options) if options else self.sampler
+        sampler = replace(_SAMPLER, max_pixels=self.options.server_max_pixels)
+        if options is None:
+            return sampler
+        return replace(sampler, max_frames=max(options.num_frames or 0, sampler.max_frames)).with_options(options)
 
     def _require_frames(self, what: str) -> None:
         """Raise a ValueError if the server is sent whole files, since it cannot read a part of one."""
@@ -292,7 +325,7 @@ class ServerCaptioner:
     def _to_caption(
         self, request: CaptionRequest, clip: EncodedClip, response: ChatResponse, choice: Choice, *, sample: int
     ) -> Caption:
-        if not choice.text.strip():
+        if not choice.text.strip() and (choice.instead or not self.accepts_empty):
             what = f"a {choice.instead_kind} ({choice.instead[:200]!r})" if choice.instead else "an empty answer"
             raise AnswerError(f"the server sent {what} instead of a caption (finish_reason {choice.finish_reason})")
         seen = response.clip
@@ -315,22 +348,22 @@ class ServerCaptioner:
         )
 
 
-class _InFlight:
+class _InFlight(Generic[T]):
     """Requests that have been submitted and whose results have not been taken yet.
 
     Args:
         pool: threads that run them.
-        caption: sends one.
+        answer: sends one and returns what becomes of the answer.
 
     Attributes:
         jobs: the requests by their future results.
         errors: errors after which no further request is possible.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, caption: Callable[[ClipJob, EncodedClip], Caption]) -> None:
-        self.jobs: dict[Future[Caption], ClipJob] = {}
+    def __init__(self, pool: ThreadPoolExecutor, answer: Callable[[ClipJob, EncodedClip], T]) -> None:
+        self.jobs: dict[Future[T], ClipJob] = {}
         self.errors: list[LLMStoppedError] = []
-        self._pool, self._caption = pool, caption
+        self._pool, self._answer = pool, answer
 
     @property
     def has_completed(self) -> bool:
@@ -339,7 +372,7 @@ class _InFlight:
 
     def submit(self, job: ClipJob, clip: EncodedClip) -> None:
         """Send a request from one of the threads."""
-        self.jobs[self._pool.submit(self._caption, job, clip)] = job
+        self.jobs[self._pool.submit(self._answer, job, clip)] = job
 
     def wait(self, other: Future[Any] | None = None) -> None:
         """Wait until a result can be taken, or another future is done."""
@@ -347,21 +380,19 @@ class _InFlight:
         while not wait(awaited, timeout=0.5, return_when=FIRST_COMPLETED).done:
             pass  # a wait without a timeout can miss a Ctrl-C
 
-    def take(self) -> list[SegmentResult]:
+    def take(self) -> list[tuple[ClipJob, T | Failure]]:
         """Wait for results and return them."""
         self.wait()
         done = [future for future in self.jobs if future.done()]
-        results = []
+        results: list[tuple[ClipJob, T | Failure]] = []
         for future in done:
             job = self.jobs.pop(future)
             try:
-                result: Caption | Failure = future.result()
+                results.append((job, future.result()))
             except LLMStoppedError as error:
                 self.errors.append(error)
-                continue
             except (LLMRejectedError, AnswerError) as error:
-                result = to_failure(job.request, f"{job.request.path}: {error}", stage="caption")
-            results.append(SegmentResult(job.index, job.num_segments, result))
+                results.append((job, to_failure(job.request, f"{job.request.path}: {error}", stage="caption")))
         return results
 
     def raise_error(self) -> None:

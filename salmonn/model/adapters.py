@@ -2,20 +2,33 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from salmonn.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, LoraFactors, read_factors
+from salmonn.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, LoraConfig, LoraFactors, read_factors
 from salmonn.model.network import Network
 from salmonn.records import atomic_folder, read_json, write_json
 
 
-def stack_adapters(folders: Sequence[Path], folder: Path) -> int:
+@dataclass(frozen=True)
+class StackedAdapter:
+    """What `stack_adapters` has written.
+
+    Args:
+        rank: its rank.
+        error: norm of what it lacks of the sum, as a fraction of the sum's; 0 if it is the sum.
+    """
+
+    rank: int
+    error: float = 0.0
+
+
+def stack_adapters(folders: Sequence[Path], folder: Path, *, max_rank: int | None = None) -> StackedAdapter:
     """Write one adapter that equals the sum of several.
 
     s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2], with s = alpha / rank of each: the rank is the sum of theirs, and
@@ -24,24 +37,41 @@ def stack_adapters(folders: Sequence[Path], folder: Path) -> int:
     Args:
         folders: PEFT folders that `save_adapter` has written, with the same target modules.
         folder: PEFT folder to write.
-
-    Returns:
-        The rank.
+        max_rank: largest rank; a sum of larger rank is replaced by its best approximation of this rank.
     """
     adapters = [read_factors(one) for one in folders]
     assert len({tuple(adapter) for adapter in adapters}) == 1, "all rounds adapt the same modules"
-    tensors = dict[str, Tensor]()
+    rank = sum(len(next(iter(adapter.values())).a) for adapter in adapters)
+    tensors, lost, total = dict[str, Tensor](), 0.0, 0.0
     for name in adapters[0]:
         factors = [adapter[name] for adapter in adapters]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([one.a for one in factors])
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat([one.b * one.scaling for one in factors], dim=1)
-    rank = sum(len(one.a) for one in factors)
+        a, b = torch.cat([one.a for one in factors]), torch.cat([one.b * one.scaling for one in factors], dim=1)
+        if max_rank is not None and rank > max_rank:
+            a, b, singular_values = _truncate(a, b, rank=max_rank)
+            lost += singular_values[max_rank:].square().sum().item()
+            total += singular_values.square().sum().item()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    rank = min(rank, max_rank or rank)
     config = read_json(folders[0] / ADAPTER_CONFIG_NAME) | {"r": rank, "lora_alpha": rank}
+    _write(folder, tensors, config)
+    return StackedAdapter(rank, (lost / total) ** 0.5 if total else 0.0)
+
+
+def _truncate(a: Tensor, b: Tensor, *, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors of the best approximation of B A of a rank, and all singular values of B A."""
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, singular_values, v = torch.linalg.svd(r_b @ r_a.T)
+    root = singular_values[:rank].sqrt()
+    return ((q_a @ v[:rank].T) * root).T.contiguous(), ((q_b @ u[:, :rank]) * root).contiguous(), singular_values
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    """Write a PEFT folder in place of an earlier one."""
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as unfinished:
-        save_file(tensors, str(unfinished / ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
+        save_file(dict(tensors), str(unfinished / ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
         write_json(unfinished / ADAPTER_CONFIG_NAME, config)
-    return rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,3 +131,23 @@ class MergedAdapter:
             self._base[f"{name}.weight"] = weight.detach().to("cpu", copy=True)
             weight.copy_(weight.float() + factors.product(weight.device))
         self.current = adapter
+
+
+def write_random_adapter(network: Network, lora: LoraConfig, folder: Path, *, rank: int) -> None:
+    """Write an adapter with random matrices, whose updates are as large as the outputs of a projection.
+
+    Args:
+        network: network without an adapter; only the sizes of its weights matter.
+        lora: target modules.
+        folder: PEFT folder to write.
+        rank: rank of the adapter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = dict[str, Tensor]()
+    for name, module in network.lm.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.targets:
+            for half, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
+                values = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+                tensors[f"base_model.model.{name}.lora_{half}.weight"] = values
+    config = replace(lora, rank=rank, alpha=rank).to_peft().to_dict()
+    _write(folder, tensors, config | {"target_modules": sorted(lora.targets)})

@@ -219,6 +219,11 @@ def read_model_type(path: Path | str) -> tuple[str | None, bool]:
     return values.get("model_type"), is_known
 
 
+def is_own_layout(path: Path | str) -> bool:
+    """Return whether a model has our names of weights, and not those of a published checkpoint."""
+    return _is_ours(_read_config_file(path))
+
+
 def _read_config_file(path: Path | str) -> dict[str, Any]:
     file = Path(path) / CONFIG_NAME
     if not file.is_file():

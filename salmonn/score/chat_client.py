@@ -11,8 +11,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -146,6 +146,41 @@ class ChatClient:
                 f"{self.address} is not an OpenAI-compatible server: instead of a list of models it sends "
                 f"{excerpt(body.encode())}; most addresses end in /v1"
             ) from error
+
+    def post(self, route: str, body: Mapping[str, Any]) -> str:
+        """Send a request that is no chat completion, and return the body of the response.
+
+        Args:
+            route: path behind the server's address, or a whole address on the server.
+            body: JSON object.
+
+        Raises:
+            APIStatusError: the server refuses the request.
+            LLMStoppedError: the server refuses the key, cannot be reached, or is busy for too long.
+        """
+        retrying = tenacity.Retrying(
+            retry=lambda state: _is_transient(_error_of(state)),
+            wait=self._delay,
+            stop=lambda state: self._stop.is_set() or self._seconds_left(state) <= 0,
+            sleep=tenacity.sleep_using_event(self._stop),
+            before_sleep=self._log_retry,
+            reraise=True,
+        )
+        try:
+            return retrying(self._client.post, route, cast_to=str, body=dict(body))
+        except openai.APIStatusError as error:
+            if error.status_code == 401:
+                raise LLMStoppedError(self._key_refused(error)) from error
+            if _is_transient(error):
+                raise LLMStoppedError(f"{self.address} is unavailable: {_summarize(error)}") from error
+            raise
+        except openai.APIConnectionError as error:
+            raise LLMStoppedError(f"{self.address} cannot be reached: {_summarize(error)}") from error
+
+    def use_model(self, name: str) -> None:
+        """Address further requests to another model of the server, such as an adapter of the same one."""
+        self.config = replace(self.config, model=name)
+        self.name = f"{name} at {self.address}"
 
     def stop(self) -> None:
         """Send no further request; those in flight are completed."""

@@ -33,6 +33,7 @@ from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
 from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME, SampleConfig
+from salmonn.train.server_sampling import SamplerConfig, ServerSampler
 
 # Settings, or groups of them, that results depend on.
 LOADING = ("model", "placement", "frames", "reader")
@@ -93,6 +94,7 @@ class MrDpoConfig(RunConfig):
         eta: weight of the run's start in the mixture, against 1 for the start of the round.
         qa_fraction: fraction of the last round's examples that are questions on the training clips.
         sampling: sampling of captions.
+        sampler: where captions of the training clips are sampled.
         judge: judge of captions.
         reward: reward that captions are rated by.
         reward_training: training of the reward model, for reward.kind "model".
@@ -119,6 +121,7 @@ class MrDpoConfig(RunConfig):
     eta: float = 0.5
     qa_fraction: float = 0.0
     sampling: SampleConfig = field(default_factory=SampleConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     reward_training: RewardTrainingConfig = field(
@@ -265,6 +268,24 @@ class MrDpoConfig(RunConfig):
         """Loss of rebirth's teacher: guided DPO, whatever the rounds are trained with."""
         return replace(self.loss, kind="sigmoid", label_smoothing=0.0, per="caption")
 
+    def server_sampler(self, processor: Processor) -> ServerSampler | None:
+        """Return the sampler of the run's captions if they are sampled through a server."""
+        if self.sampler.server is None:
+            return None
+        # Rebirth and its teacher start from the last round's model; otherwise nothing is sampled from that.
+        tailors_teacher = self.rebirth is not None and self.rebirth.tailor in ("teacher", "random")
+        num_adapters = self.rounds - 1 + (self.rebirth is not None) + tailors_teacher
+        return ServerSampler(
+            self.sampler,
+            processor,
+            model=self.model,
+            lora=self.lora,
+            max_adapters=num_adapters if self.fresh_pairs or self.rebirth else 0,
+            out=self.out,
+            reader=self.reader,
+            overrides_frames=self.frames is not None,
+        )
+
     @property
     def num_questions(self) -> int:
         """Number of questions in each step of the last round."""
@@ -337,6 +358,10 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         settings["reward.model"] = hash_reward_model(config.reward.model)
     if config.references:
         settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
+    # The server may move to another address; without one, none of its settings matters.
+    dropped = ("sampler.server", "sampler.allow_deaf") if config.sampler.server else ("sampler",)
+    for name in choose_settings(settings, *dropped):
+        del settings[name]
     choose = partial(choose_settings, settings)
     greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
     voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
@@ -362,7 +387,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
             choice |= choose("rebirth.tailor", "rebirth.preference_fraction")
             needs = (steps[-1].name,)
         if config.rebirth.tailor != "draft":
-            steps.append(_captions_step("rebirth", choice | greedy, needs=needs))
+            steps.append(_captions_step("rebirth", choice | greedy | choose("sampler"), needs=needs))
             needs = ("rebirth/captions",)
         training = choose("rebirth", "references", "seed")
         steps += _training_steps("rebirth", training, evaluation, needs=needs)
@@ -376,7 +401,9 @@ def _example_steps(
     folder, is_model = f"round_{number}", config.reward.kind == "model"
     rewarded = choose("references", "judge", "reward", *(("reward_training",) if is_model else ()))
     earlier_labels = (f"round_{number - 1}/ratings",) if is_model and number > 1 else ()
-    captions = _captions_step(folder, choose(*LOADING, "training_videos", "synth", "sampling", "seed"), needs=needs)
+    captions = _captions_step(
+        folder, choose(*LOADING, "training_videos", "synth", "sampling", "sampler", "seed"), needs=needs
+    )
     ratings = Step(
         f"{folder}/ratings",
         rewarded,
@@ -400,7 +427,7 @@ def _tailoring_steps(
     rebirth: RebirthConfig, choose: Callable[..., Settings], *, choice: Settings, needs: tuple[str, ...]
 ) -> list[Step]:
     """Return the steps of rebirth before its captions; `choice` is what the choice of clips and teacher depends on."""
-    drafts = {**choice, **choose("rebirth.preference_fraction", "sampling")}
+    drafts = {**choice, **choose("rebirth.preference_fraction", "sampling", "sampler")}
     path = f"rebirth/{INFLUENCE_NAME}"
     settings = choose(*LOADING, "rebirth.lora", "rebirth.start", "references", "seed")
     steps = [

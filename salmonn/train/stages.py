@@ -12,9 +12,10 @@ from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.voter_reward import VoterReward
-from salmonn.records import read_json, write_json
+from salmonn.records import Caption, read_json, write_json
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
+from salmonn.train.checkpoint import require_free_space
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import RATES_NAME, evaluate, write_evaluation, write_exploitability
 from salmonn.train.kl import make_kl_probe
@@ -22,8 +23,10 @@ from salmonn.train.loop import FitConfig
 from salmonn.train.mrdpo import MrDpoConfig
 from salmonn.train.reference_logps import ReferencePolicy
 from salmonn.train.reward_rounds import RewardRounds
-from salmonn.train.run_folder import is_missing
+from salmonn.train.run_folder import is_missing, num_bytes
 from salmonn.train.run_log import RunSummary, log_summary, print_summary, stage_name
+from salmonn.train.sampling import SampleConfig, sample_captions
+from salmonn.train.server_sampling import ServerSampler
 
 log = logging.getLogger(__name__)
 ModelPath = Path | str  # folder or hub id
@@ -31,13 +34,14 @@ ModelPath = Path | str  # folder or hub id
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of a run share."""
+    """What all stages of a run share; `server` samples the captions of training clips, if one does."""
 
     config: MrDpoConfig
     train: ClipSet
     heldout: ClipSet
     judge: Judge
     reward: JudgeReward | VoterReward
+    server: ServerSampler | None = None
 
     def folder(self, number: int) -> Path:
         """Return the folder of a round."""
@@ -46,6 +50,31 @@ class Run:
     def seed(self, number: int) -> int:
         """Return the seed of a round."""
         return self.config.seed * 1000 + number
+
+    def sample(
+        self,
+        model: ModelPath,
+        adapters: Sequence[Path],
+        clips: ClipSet,
+        sampling: SampleConfig,
+        *,
+        name: str,
+        seed: int,
+        folder: Path,
+    ) -> list[Caption]:
+        """Sample captions of clips with a model, or load them; see `sample_captions`.
+
+        Args:
+            model: folder or hub id of the model.
+            adapters: folders of the adapters that it consists of besides the run's start, for a server.
+            clips, sampling, name, seed, folder: see `sample_captions`.
+        """
+        if self.server:
+            return self.server.sample(adapters, clips, sampling, name=name, seed=seed, folder=folder)
+        captioner = self.config.load_model(model)
+        what = f"the model of {folder.relative_to(self.config.out).parts[0]}"
+        require_free_space(self.config.out, num_bytes(captioner), what=what)  # before hours of work
+        return sample_captions(captioner, clips, sampling, name=name, seed=seed, folder=folder)
 
     @property
     def reward_rounds(self) -> RewardRounds:

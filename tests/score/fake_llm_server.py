@@ -48,13 +48,16 @@ Script = Callable[[dict[str, Any], int], Answer]  # (request, number of requests
 
 
 class FakeLLMServer:
-    """A server on a free port; `requests` are the received bodies, `max_concurrent` the most concurrent requests.
+    """A server on a free port; `requests` are the received bodies, `paths` their routes.
+
+    `max_concurrent` is the largest number of concurrent requests.
 
     `models` answers GET requests.
     """
 
     def __init__(self, script: Script, models: Answer | None = None) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.keys: list[str | None] = []
         self.models = models or model_list("m")
         self.max_concurrent = 0
@@ -71,6 +74,7 @@ class FakeLLMServer:
                 with scripted._lock:
                     number = len(scripted.requests)
                     scripted.requests.append(request)
+                    scripted.paths.append(self.path)
                     scripted.keys.append(self.headers["Authorization"])
                     scripted._concurrent += 1
                     scripted.max_concurrent = max(scripted.max_concurrent, scripted._concurrent)

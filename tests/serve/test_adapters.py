@@ -15,7 +15,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
-from salmonn.model.adapters import MergedAdapter, read_adapter, stack_adapters
+from salmonn.model.adapters import MergedAdapter, StackedAdapter, read_adapter, stack_adapters
 from salmonn.model.lora import LoraConfig, attach_lora, merge_in_float32, save_adapter
 from salmonn.serve.adapters import MAX_ADAPTERS
 from tests.limits import wait_until
@@ -37,7 +37,7 @@ def adapters(random_model, tmp_path_factory):
                 if "lora_B" in name:
                     parameter.normal_(std=0.3)
         save_adapter(network, folder / f"round_{number}")
-    assert stack_adapters([folder / "round_1", folder / "round_2"], folder / "sum") == 7
+    assert stack_adapters([folder / "round_1", folder / "round_2"], folder / "sum") == StackedAdapter(rank=7)
     return folder
 
 
@@ -65,6 +65,23 @@ def test_a_stacked_adapter_is_the_sum_of_the_rounds(random_model, adapters):
     assert (network.lm.get_parameter(q_proj) - plain.lm.get_parameter(q_proj)).abs().max() > 0.1
     weights.use(None)
     assert all(torch.equal(value, plain.lm.get_parameter(name)) for name, value in network.lm.named_parameters())
+
+
+def test_a_sum_of_too_large_a_rank_is_approximated(random_model, adapters, tmp_path):
+    """By the largest singular values: no matrix of this rank is closer."""
+    rounds = [adapters / "round_1", adapters / "round_2"]
+    assert stack_adapters(rounds, tmp_path / "exact", max_rank=7) == StackedAdapter(rank=7)
+    stacked = stack_adapters(rounds, tmp_path / "approximated", max_rank=4)
+    network = Captioner.load(random_model).network
+    exact, near = (read_adapter(tmp_path / name, network).factors for name in ("exact", "approximated"))
+    lost = total = 0.0
+    for name, factors in exact.items():
+        product, device = factors.product(torch.device("cpu")), torch.device("cpu")
+        values = torch.linalg.svdvals(product)
+        difference = product - near[name].product(device)
+        assert torch.allclose(difference.norm(), values[4:].norm(), rtol=1e-3), name
+        lost, total = lost + difference.square().sum().item(), total + product.square().sum().item()
+    assert stacked.rank == 4 and stacked.error == pytest.approx((lost / total) ** 0.5, rel=1e-3) and stacked.error > 0.1
 
 
 def test_requests_with_and_without_adapters(start, random_model, adapters, videos):
