@@ -66,6 +66,7 @@ SMALL = (
 ELSEWHERE = {
     "python tools/convert.py": "tests/tools/test_convert.py",
     "python tools/merge.py": "tests/tools/test_merge.py",
+    "python tools/export_lm.py": "tests/tools/test_export_lm.py",
     "python tools/raters.py": "tests/tools/test_raters.py",
     "salmonn votes run/votes": "tests/preference/test_feedback.py",
     "salmonn caption clips --out captions_by_ray.jsonl": "tests/batch/test_ray_cluster.py",

@@ -1,6 +1,9 @@
 """Sampling through a scripted server that has vLLM's routes: what it is sent, and what its faults do."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from salmonn.score.config import LLMConfig
 from salmonn.train.sampling import SampleConfig
 from salmonn.train.server_sampling import SamplerConfig, ServerSampler
 from tests.caption.served_model import content_of, describe, images_of, sound_of
+from tests.launch import forked
+from tests.limits import RUN_SECONDS
 from tests.omni_models import make_qwen2_5_omni
 from tests.score.completions import FakeClock
 from tests.score.fake_llm_server import Answer, FakeLLMServer
@@ -102,8 +107,12 @@ class VLLM:
         return Answer(body=f"Success: LoRA adapter '{name}' added successfully.".encode())
 
 
-def sampler_of(server: FakeLLMServer, model: Path, out: Path, *, max_adapters: int = 2, **options) -> ServerSampler:
-    config = SamplerConfig(server.url, "m", workers=0, **options)
+def sampler_of(server: FakeLLMServer, model: Path, out: Path, **options) -> ServerSampler:
+    return sampler_at(server.url, model, out, **options)
+
+
+def sampler_at(url: str, model: Path, out: Path, *, max_adapters: int = 2, **options) -> ServerSampler:
+    config = SamplerConfig(url, "m", workers=0, **options)
     processor = Captioner.load(model).processor
     return ServerSampler(config, processor, model=str(model), lora=LORA, max_adapters=max_adapters, out=out)
 
@@ -207,6 +216,42 @@ def test_a_stopped_run_resumes(serve, omni, rounds, clips, tmp_path, caplog):
     # Complete captions need no server.
     server.close()
     assert sample() == captions
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+from salmonn import dist
+from salmonn.records import Reference, read_records
+from salmonn.train.data import ClipSet
+from tests.train.test_server_sampling import SAMPLING, sampler_at
+
+url, model, root, out, *rounds = sys.argv[1:]
+dist.setup()
+clips = ClipSet(read_records(Path(root) / "clips.jsonl", Reference), Path(root))
+sampler = sampler_at(url, Path(model), Path(out), concurrency=5)
+sampler.sample([Path(one) for one in rounds], clips, SAMPLING, name="round_3", seed=7, folder=Path(out) / "round_3")
+"""
+
+
+def test_two_processes_share_the_clips(serve, omni, rounds, clips, tmp_path):
+    script = VLLM()
+    server = serve(script)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = Path(sys.executable).with_name("torchrun")
+    arguments = [tmp_path / "script.py", server.url, omni, clips.root, tmp_path / "two", *rounds]
+    result = subprocess.run(
+        forked(launcher, "--standalone", "--nproc_per_node=2", *arguments),
+        capture_output=True, text=True, timeout=RUN_SECONDS, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [line.partition(" ")[0] for line in script.history] == ["load", "unload"] * 2  # by one process
+    sampler = sampler_at(server.url, omni, tmp_path / "one")
+    expected = sampler.sample(rounds, clips, SAMPLING, name="round_3", seed=7, folder=tmp_path / "one" / "round_3")
+    found = read_records(tmp_path / "two" / "round_3" / "captions.jsonl", Caption)
+    assert [replace(one, model="") for one in found] == [replace(one, model="") for one in expected]
 
 
 def test_a_clip_that_the_server_rejects(serve, omni, clips, tmp_path):

@@ -1,0 +1,33 @@
+"""The language model alone, as transformers' own class runs it on the embeddings of our prompts."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from salmonn.caption.processor import PromptRow
+from salmonn.config import run_recipe
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool):
+    return load_tool("export_lm")
+
+
+@torch.no_grad()
+def test_transformers_runs_the_exported_model_on_our_embeddings(tool, captioner, random_model, media, tmp_path):
+    flags = ["--model", str(random_model), "--dtype", "float32", "--out", str(tmp_path / "lm")]
+    run_recipe(tool.main, tool.ExportConfig, description="", args=flags)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").eval()
+    assert isinstance(model, Qwen2ForCausalLM) and not list((tmp_path / "lm").glob("*.py"))
+    inputs = captioner.processor.collate([PromptRow(0, "Tell.", "a red circle appears")], media[:1])
+    ours = captioner.network(inputs, distributions=True)
+    theirs = model(inputs_embeds=captioner.network.embed(inputs)).logits[0, -len(ours) - 1 : -1].log_softmax(-1)
+    assert ours.std() > 0.5 and (ours - theirs).abs().max() < 1e-4
+
+
+def test_three_dimensional_positions_are_refused(tool, random_plus, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        flags = ["--model", str(random_plus), "--out", str(tmp_path / "lm")]
+        run_recipe(tool.main, tool.ExportConfig, description="", args=flags)
+    assert caught.value.code == 2 and "positions in time, height and width" in capsys.readouterr().err
+    assert not (tmp_path / "lm").exists()
