@@ -11,6 +11,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
+import salmonn.caption.auto_processor  # noqa: F401 - registers the processor with transformers
 from salmonn.caption.generate import generate
 from salmonn.caption.generator import (
     SHIPPED_MODEL,

@@ -30,17 +30,19 @@ COPIED_NAMES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 MODELING_NAME = "modeling_salmonn.py"
+PROCESSOR_CONFIG_NAME = "processor_config.json"
 MODELING_CODE = '''"""Loads this model with transformers; needs the package salmonn."""
 
+from salmonn.caption.auto_processor import SalmonnProcessor
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.network import Network
 
-__all__ = ["Network", "SalmonnConfig"]
+__all__ = ["Network", "SalmonnConfig", "SalmonnProcessor"]
 '''
 
 
 def write_own_layout(model: Path, folder: Path) -> None:
-    """Copy a saved model, and let `AutoModel.from_pretrained(..., trust_remote_code=True)` load it.
+    """Copy a saved model, and let `AutoModel` and `AutoProcessor` load it with `trust_remote_code=True`.
 
     Args:
         model: folder of a saved model.
@@ -50,8 +52,14 @@ def write_own_layout(model: Path, folder: Path) -> None:
         if file.is_file() and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
     (folder / MODELING_NAME).write_text(MODELING_CODE, encoding="utf-8")
-    classes = {"AutoConfig": "modeling_salmonn.SalmonnConfig", "AutoModel": "modeling_salmonn.Network"}
+    classes = {
+        "AutoConfig": "modeling_salmonn.SalmonnConfig",
+        "AutoModel": "modeling_salmonn.Network",
+        "AutoProcessor": "modeling_salmonn.SalmonnProcessor",
+    }
     write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME) | {"auto_map": classes})
+    # AutoProcessor looks here first.
+    write_json(folder / PROCESSOR_CONFIG_NAME, {"auto_map": {"AutoProcessor": classes["AutoProcessor"]}})
 
 
 def write_published_layout(model: Path, folder: Path, *, base: str) -> None:
