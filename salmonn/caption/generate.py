@@ -21,8 +21,8 @@ from salmonn.model.kv_cache import KVCache
 from salmonn.model.layout import ModelInputs
 from salmonn.model.network import Network
 
-# Finished rows stay in the batch until they are this fraction of their group: evicting them copies the KV cache of the
-# others, which costs more than computing a few dead rows.
+# Finished rows stay in the batch until they are this fraction of it: evicting them moves tokens of the others in the KV
+# cache, which costs more than computing a few dead rows.
 EVICT_FRACTION = 1 / 8
 NUCLEUS_TOKENS = 1024  # most likely tokens in which a nucleus is looked for before all are sorted
 
@@ -89,10 +89,11 @@ class DecodeBatch:
         self.stop_ids = stop_ids
         self.grammars = grammars
         self._num_added = 0
-        self._groups: list[_PrefillGroup] = []
+        self._groups: list[_PrefillGroup] = []  # their rows, in this order, are those of the cache
+        self._cache: KVCache | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._groups)
+        return any(group.is_active for group in self._groups)
 
     @torch.no_grad()
     def add(
@@ -120,11 +121,14 @@ class DecodeBatch:
         constraints = self._constraints(len(inputs.input_ids), sampling)
         logits, cache, order = self.network.prefill(inputs)
         uniforms = _uniform_numbers(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
+        if self._cache is None:
+            self._cache = cache
+        else:
+            self._cache.extend(cache)
         rows = range(self._num_added, self._num_added + len(order))
         self._groups.append(
             _PrefillGroup(
                 rows=[rows[number] for number in order],
-                cache=cache,
                 logits=logits,
                 penalty=_repetition_penalty(self.network, inputs, order, sampling=sampling),
                 uniforms=uniforms.to(logits.device),
@@ -152,31 +156,46 @@ class DecodeBatch:
         Returns:
             The token of each active row, by row number.
         """
-        if cancelled:
-            for group in self._groups:
-                group.cancel(cancelled)
-            self._groups = [group for group in self._groups if group.is_active]
-        # Groups that were added since the last step have the logits of their first tokens from prefill.
-        if started := [group for group in self._groups if group.num_sampled]:
-            for group in started:
-                group.record_tokens()
-                group.evict_finished()
-            logits = self.network.decode_step(
-                torch.cat([group.tokens for group in started]), [group.cache for group in started]
-            )
-            for group, part in zip(started, logits.split([len(group.tokens) for group in started]), strict=True):
-                group.logits = part
-        sampled = {row: token for group in self._groups for row, token in group.sample().items()}
-        self._groups = [group for group in self._groups if group.is_active]
+        for group in self._groups:
+            group.cancel(cancelled)
+        if any(group.is_active and group.num_sampled for group in self._groups):
+            self._decode()
+        sampled = {row: token for group in self._groups if group.is_active for row, token in group.sample().items()}
+        if not self:
+            self._groups, self._cache = [], None
         return sampled
+
+    def _decode(self) -> None:
+        """Compute the logits after the last tokens of all rows."""
+        assert self._cache is not None
+        self._evict_finished()
+        # Groups that were added since the last step have the logits of their first tokens from prefill.
+        waiting = [group for group in self._groups if not group.num_sampled]
+        started = self._groups[: len(self._groups) - len(waiting)]
+        num_waiting = sum(map(len, waiting))
+        tokens = torch.cat([group.tokens for group in started])
+        logits = self.network.decode_step(F.pad(tokens, (0, num_waiting)), self._cache, num_waiting=num_waiting)
+        parts = logits.split([*map(len, started), num_waiting])
+        for group, part in zip(started, parts, strict=False):
+            group.record_tokens()
+            group.logits = part
+
+    def _evict_finished(self) -> None:
+        """Drop finished rows once they exceed `EVICT_FRACTION`."""
+        assert self._cache is not None
+        active = [active for group in self._groups for active in group.active]
+        if active.count(False) >= EVICT_FRACTION * len(active):
+            self._cache.evict(torch.tensor(active))
+            for group in self._groups:
+                group.evict_finished()
+            self._groups = [group for group in self._groups if len(group)]
 
 
 class _PrefillGroup:
-    """Rows that were prefilled together and share sampling parameters and the KV cache of their prompts.
+    """Rows that were prefilled together and share sampling parameters.
 
     Args:
         rows: (R,) row numbers.
-        cache: KV cache of the R rows.
         logits: (R, V) logits of the next tokens.
         penalty: repetition penalty.
         uniforms: (R, L) uniform random numbers, one per token.
@@ -189,7 +208,6 @@ class _PrefillGroup:
         self,
         *,
         rows: Sequence[int],
-        cache: KVCache,
         logits: Tensor,
         penalty: "_RepetitionPenalty",
         uniforms: Tensor,
@@ -197,7 +215,6 @@ class _PrefillGroup:
         stop_ids: Sequence[int],
         constraints: Constraints | None = None,
     ) -> None:
-        self.cache = cache
         self.logits = logits
         self.tokens = torch.empty(0, dtype=torch.long)  # (R,) last sampled tokens
         self.num_sampled = 0
@@ -207,12 +224,15 @@ class _PrefillGroup:
         self._sampling = sampling
         self._stop_ids = frozenset(stop_ids)
         self._constraints = constraints
-        self._active = [True] * len(rows)  # on the host: reading it from the device would wait for the device
+        self.active = [True] * len(rows)  # on the host: reading it from the device would wait for the device
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @property
     def is_active(self) -> bool:
         """Whether any row has not ended."""
-        return self.num_sampled < self._sampling.max_new_tokens and any(self._active)
+        return any(self.active)
 
     def cancel(self, rows: Collection[int]) -> None:
         """End rows by their numbers."""
@@ -223,23 +243,24 @@ class _PrefillGroup:
         self._penalty.append(self.tokens)
 
     def evict_finished(self) -> None:
-        """Drop finished rows once they exceed `EVICT_FRACTION`."""
-        if self._active.count(False) >= EVICT_FRACTION * len(self._active):
-            active = torch.tensor(self._active, device=self.tokens.device)
-            self.cache.evict(active)
-            self._penalty.history = self._penalty.history[active.to(self._penalty.history.device)]
-            self.tokens, self._uniforms = self.tokens[active], self._uniforms[active]
-            if self._constraints is not None:
-                self._constraints.evict(self._active)
-            self._rows = list(compress(self._rows, self._active))
-            self._active = [True] * len(self._rows)
+        """Drop finished rows."""
+        if all(self.active):
+            return
+        active = torch.tensor(self.active)
+        self.tokens, self._uniforms, self._penalty.history = (
+            tensor[active.to(tensor.device)] for tensor in (self.tokens, self._uniforms, self._penalty.history)
+        )
+        if self._constraints is not None:
+            self._constraints.evict(self.active)
+        self._rows = list(compress(self._rows, self.active))
+        self.active = [True] * len(self._rows)
 
     def sample(self) -> dict[int, SampledToken]:
         """Sample the next token of all rows and return those of the active ones."""
         uniforms = self._uniforms[:, self.num_sampled]
         logits = self._penalty(self.logits)
         if self._constraints is not None:
-            logits = self._constraints.mask(logits, self._active)
+            logits = self._constraints.mask(logits, self.active)
         self.tokens = sample_tokens(logits, uniforms, sampling=self._sampling)
         self.num_sampled += 1
         if self._sampling.logprobs is None:
@@ -247,13 +268,14 @@ class _PrefillGroup:
         else:
             sampled = with_logprobs(self.tokens, self.logits, num_top=self._sampling.logprobs)
         if self._constraints is not None:
-            self._constraints.advance([token.id for token in sampled], self._active)
-        returned = dict(compress(zip(self._rows, sampled, strict=True), self._active))
-        self._end(token.id in self._stop_ids for token in sampled)
+            self._constraints.advance([token.id for token in sampled], self.active)
+        returned = dict(compress(zip(self._rows, sampled, strict=True), self.active))
+        is_full = self.num_sampled == self._sampling.max_new_tokens
+        self._end(is_full or token.id in self._stop_ids for token in sampled)
         return returned
 
     def _end(self, ended: Iterable[bool]) -> None:
-        self._active = [active and not ends for active, ends in zip(self._active, ended, strict=True)]
+        self.active = [active and not ends for active, ends in zip(self.active, ended, strict=True)]
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Tensor:

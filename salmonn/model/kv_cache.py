@@ -1,37 +1,152 @@
 """KV cache of rows with common prefixes, and attention of decode steps to it.
 
-A prefix is stored once for all rows that continue it, and the queries of all these rows attend to it in one product.
-The attention to the prefix and that to a row's own tokens are combined by their log-sum-exp.
+A prefix is stored once for all rows that continue it, cut into pages of equal length:
+
+    prefix 0   [page][page][tail]      rows 0, 1, 2    own tokens [..........] each
+    prefix 1   [page][tail]            rows 3, 4       own tokens [....]
+
+The full pages of all prefixes are one batch for a flash-attention kernel, in which the queries of all rows of a page's
+prefix attend to it together: no prefix is padded to the longest, and no scores are written to memory. The tails and the
+tokens of the rows themselves are two further batches. The parts of each row are merged by their log-sum-exp.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from salmonn.model.packing import PackedBatch
+from salmonn.model.partial_attention import float32_product, length_bias, partial_attention
 
-GROWTH = 64  # columns that are added when the cache of generated tokens is full
+PAGE_LENGTH = 512  # tokens; a page is a block of work for a GPU, and costs it an output and a log-sum-exp per query
+GROWTH = 64  # columns that are added when the own tokens of some row fill theirs
+
+
+@dataclass
+class _Pool:
+    """Keys and values (N, K, S, d) of N equal parts of the cache; the first ones are in use."""
+
+    keys: Tensor
+    values: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace keys and values."""
+        self.keys, self.values = change(self.keys), change(self.values)
+
+    def part(self, count: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return the first columns of the first parts."""
+        return self.keys[:count, :, :columns], self.values[:count, :, :columns]
+
+    def move(self, moves: Mapping[int, int], *, used: int) -> None:
+        """Copy parts to other places, {source: target}, then release memory if most of it is unused."""
+        if moves:
+            sources, targets = (torch.tensor(list(one), device=self.keys.device) for one in (moves, moves.values()))
+            for tensor in (self.keys, self.values):
+                tensor[targets] = tensor[sources]
+        if 2 * used <= len(self.keys):
+            self.map(lambda tensor: tensor[:used].clone())
+
+    def extend(self, other: "_Pool", *, used: int, added: int) -> None:
+        """Append the first parts of another pool after those in use, with more columns if it has more."""
+
+        def extended(own: Tensor, others: Tensor) -> Tensor:
+            rows, columns = max(len(own), used + added), max(own.shape[2], others.shape[2])
+            if (rows, columns) != (len(own), own.shape[2]):
+                grown = own.new_zeros(rows, own.shape[1], columns, own.shape[3])  # what is masked must be finite
+                grown[:used, :, : own.shape[2]] = own[:used]
+                own = grown
+            own[used : used + added, :, : others.shape[2]] = others[:added]
+            return own
+
+        self.keys, self.values = extended(self.keys, other.keys), extended(self.values, other.values)
 
 
 @dataclass
 class _LayerCache:
-    """Keys and values of one layer: prefixes of G groups (G, K, P, d), further tokens of R rows (R, K, C, d)."""
+    """Keys and values of one layer: full pages of prefixes, their tails, and the rows' own tokens."""
 
-    keys: Tensor
-    values: Tensor
-    suffix_keys: Tensor
-    suffix_values: Tensor
+    pages: _Pool
+    tails: _Pool
+    own: _Pool
+
+    @property
+    def pools(self) -> tuple[_Pool, _Pool, _Pool]:
+        """All three."""
+        return self.pages, self.tails, self.own
+
+
+@dataclass
+class _Prefix:
+    """Places of a prefix: indices of its full pages and of its tail, if its length is no multiple of a page's."""
+
+    pages: list[int]
+    tail: int | None
+    tail_length: int
+
+    def placed(self, page: Callable[[int], int], tail: Callable[[int], int]) -> "_Prefix":
+        """Return the prefix with other places."""
+        return _Prefix(
+            [page(place) for place in self.pages], None if self.tail is None else tail(self.tail), self.tail_length
+        )
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Which row attends to what, for R rows, M rows of the largest of G groups, P pages and T tails.
+
+    Args:
+        rows: (R,) indices from 0.
+        slots, groups: (R,) number of each row in its group, and of the group.
+        page_rows, tail_rows: (P, M), (T, M) the rows that attend to each page or tail, filled up with row 0.
+        row_pages: (R, N) the pages of each row, filled up with page 0; N is the number of the longest prefix.
+        page_numbers: (P,) number of each page in its prefix.
+        page_groups: (G, P) true where a page belongs to a group.
+        row_tails: (R,) the tail of each row, or 0.
+        is_absent: (R, parts, 1, 1) false where a row has own tokens, N pages, a tail (only if there are tails).
+        tail_lengths: (T, 1).
+    """
+
+    rows: Tensor
+    slots: Tensor
+    groups: Tensor
+    page_rows: Tensor
+    tail_rows: Tensor
+    row_pages: Tensor
+    page_numbers: Tensor
+    page_groups: Tensor
+    row_tails: Tensor
+    is_absent: Tensor
+    tail_lengths: Tensor
+
+    def to(self, device: torch.device) -> "_Tables":
+        """Copy to a device."""
+        return _Tables(*(getattr(self, one.name).to(device, non_blocking=True) for one in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Tensors of one decode step on one device.
+
+    Args:
+        tables: which row attends to what.
+        columns: (R,) column of each row's new token among its own tokens.
+        own_bias: (R, C) bias of the own tokens, see `partial_attention`.
+        tail_bias: (T, S) bias of the tails.
+    """
+
+    tables: _Tables
+    columns: Tensor
+    own_bias: Tensor
+    tail_bias: Tensor
 
 
 class KVCache:
-    """Keys and values of R rows that were prefilled together, in the order of the packed sequence.
+    """Keys and values of R rows.
 
-    `PrefillAttention` appends all segments layer by layer; after `finalize`, each decode step calls `advance` once and
-    `attend` for each layer.
+    `PrefillAttention` appends all segments of a packed batch layer by layer; after `finalize`, each decode step calls
+    `advance` once and `attend` for each layer. Rows that were prefilled at another time join with `extend`.
 
     Args:
         packed: the packed batch; no suffix is empty.
@@ -39,20 +154,32 @@ class KVCache:
     """
 
     def __init__(self, packed: PackedBatch, positions: Tensor) -> None:
-        device = positions.device
-        suffixes = [length for group in packed.groups for length in group.suffix_lengths]
-        groups = [number for number, group in enumerate(packed.groups) for _ in group.rows]
         self._positions = positions[:, 0, packed.row_ends].unsqueeze(-1)
-        self._groups = torch.tensor(groups, device=device)
-        self._prefix_mask = _length_mask([group.prefix_length for group in packed.groups], device=device)
-        self._suffix_mask = _length_mask(suffixes, device=device).flip(1)  # aligned on the right
-        self._filled = max(suffixes)
         self._layers: dict[int, _LayerCache] = {}
         self._pending: dict[int, dict[bool, list[tuple[Tensor, Tensor]]]] = {}  # by layer and is_suffix
-        self._assign_slots()
+        # The layout is kept on the host: reading it from the device would wait for the device.
+        self._groups = [number for number, group in enumerate(packed.groups) for _ in group.rows]
+        self._lengths = [length for group in packed.groups for length in group.suffix_lengths]
+        self._columns = torch.tensor(self._lengths, device=positions.device) - 1  # (R,) of the last own tokens
+        self._prefixes: list[_Prefix] = []
+        for group in packed.groups:
+            count, rest = divmod(group.prefix_length, PAGE_LENGTH)
+            pages = list(range(self._num_pages, self._num_pages + count))
+            self._prefixes.append(_Prefix(pages, self._num_tails if rest else None, rest))
+        self._tables: dict[torch.device, _Tables] = {}
+        self._steps: dict[torch.device, _Step] = {}
+        self._num_columns, self._step_columns = 0, self._columns
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    @property
+    def _num_pages(self) -> int:
+        return sum(len(prefix.pages) for prefix in self._prefixes)
+
+    @property
+    def _num_tails(self) -> int:
+        return sum(prefix.tail is not None for prefix in self._prefixes)
 
     def append(
         self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, is_suffix: Sequence[bool]
@@ -61,139 +188,218 @@ class KVCache:
         pending = self._pending.setdefault(layer, {False: [], True: []})
         for key, value, suffix in zip(keys, values, is_suffix, strict=True):
             # Copied, since a view would keep the keys of the whole sequence alive.
-            pending[suffix].append((key[0].transpose(0, 1).clone(), value[0].transpose(0, 1).clone()))
+            pending[suffix].append((key[0].to(value.dtype, copy=True), value[0].clone()))
 
     def finalize(self) -> None:
         """Arrange the stored segments for decoding, once all are appended."""
         for layer in list(self._pending):
             pending = self._pending.pop(layer)
-            tensors = [
-                pad_sequence(list(segments), batch_first=True, padding_side=side).transpose(1, 2).contiguous()
-                for suffix, side in ((False, "right"), (True, "left"))
-                for segments in zip(*pending[suffix], strict=True)
-            ]
-            self._layers[layer] = _LayerCache(*tensors)
+            pages, tails = zip(*(_cut_pages(segments) for segments in zip(*pending[False], strict=True)), strict=True)
+            own = [_stack(segments) for segments in zip(*pending[True], strict=True)]
+            self._layers[layer] = _LayerCache(_Pool(*pages), _Pool(*tails), _Pool(*own))
 
-    def advance(self) -> Tensor:
-        """Make room for one more token of each row and return the positions of these tokens, (3, R, 1)."""
-        if self._filled == self._suffix_mask.shape[1]:
-            self._suffix_mask = F.pad(self._suffix_mask, (0, GROWTH))
-            for cache in self._layers.values():
-                cache.suffix_keys = F.pad(cache.suffix_keys, (0, 0, 0, GROWTH))
-                cache.suffix_values = F.pad(cache.suffix_values, (0, 0, 0, GROWTH))
-        self._suffix_mask[:, self._filled] = True
-        self._filled += 1
-        self._positions = self._positions + 1
-        return self._positions
+    def extend(self, other: "KVCache") -> None:
+        """Add the rows of another cache, which is used up; if that fails, this cache is unchanged."""
+        num_pages, num_tails, num_groups = self._num_pages, self._num_tails, len(self._prefixes)
+        counts = ((num_pages, other._num_pages), (num_tails, other._num_tails), (len(self), len(other)))
+        for layer, cache in self._layers.items():
+            others = other._layers.pop(layer)
+            for pool, added, (used, count) in zip(cache.pools, others.pools, counts, strict=True):
+                pool.extend(added, used=used, added=count)
+        self._prefixes += [prefix.placed(num_pages.__add__, num_tails.__add__) for prefix in other._prefixes]
+        self._groups += [num_groups + group for group in other._groups]
+        self._lengths += other._lengths
+        self._positions = torch.cat([self._positions, other._positions], dim=1)
+        self._columns = torch.cat([self._columns, other._columns])
+        self._tables.clear()
 
     def evict(self, is_active: Tensor) -> None:
         """Remove the rows where `is_active` (R,) is false, and prefixes that no row continues any more."""
-        # Computed from logits, `is_active` may be on another device in a model that is split over devices.
-        rows = is_active.nonzero().flatten().to(self._groups.device)
-        groups, self._groups = self._groups[rows].unique(return_inverse=True)
-        has_unused_prefix = len(groups) < len(self._prefix_mask)
+        rows = [row for row, active in enumerate(is_active.tolist()) if active]
+        groups = sorted({self._groups[row] for row in rows})
+        prefixes = [self._prefixes[group] for group in groups]
+        page_moves = _fill_gaps([page for prefix in prefixes for page in prefix.pages])
+        tail_moves = _fill_gaps([prefix.tail for prefix in prefixes if prefix.tail is not None])
+        row_moves = {row: place for place, row in enumerate(rows) if row != place}
+        self._prefixes = [
+            prefix.placed(lambda place: page_moves.get(place, place), lambda place: tail_moves.get(place, place))
+            for prefix in prefixes
+        ]
+        self._groups = [groups.index(self._groups[row]) for row in rows]
+        self._lengths = [self._lengths[row] for row in rows]
         for cache in self._layers.values():
-            if has_unused_prefix:
-                cache.keys, cache.values = (tensor[groups.to(tensor.device)] for tensor in (cache.keys, cache.values))
-            cache.suffix_keys, cache.suffix_values = (
-                tensor[rows.to(tensor.device)] for tensor in (cache.suffix_keys, cache.suffix_values)
-            )
-        self._prefix_mask, self._suffix_mask = self._prefix_mask[groups], self._suffix_mask[rows]
-        self._positions = self._positions[:, rows]
-        self._assign_slots()
+            cache.pages.move(page_moves, used=self._num_pages)
+            cache.tails.move(tail_moves, used=self._num_tails)
+            cache.own.move(row_moves, used=len(rows))
+        index = torch.tensor(rows, device=self._columns.device)
+        self._positions, self._columns = self._positions[:, index], self._columns[index]
+        self._tables.clear()
 
-    def _assign_slots(self) -> None:
-        """Assign each row a slot (G * M) in its prefix group; M is the size of the largest group."""
-        counts = self._groups.bincount()
-        first = counts.cumsum(0) - counts
-        self._max_rows = int(counts.max())
-        index = torch.arange(len(self._groups), device=first.device)
-        self._slots = self._groups * self._max_rows + index - first[self._groups]
+    def advance(self, *, num_waiting: int = 0) -> Tensor:
+        """Make room for one more token of each row.
+
+        Args:
+            num_waiting: number of rows at the end whose token is a placeholder; the next one takes its place.
+
+        Returns:
+            (3, R, 1) positions of the tokens.
+        """
+        lengths, columns, positions = [n + 1 for n in self._lengths], self._columns + 1, self._positions + 1
+        for cache in self._layers.values():
+            if max(lengths) > cache.own.keys.shape[2]:
+                cache.own.map(lambda tensor: F.pad(tensor, (0, 0, 0, GROWTH)))
+        self._num_columns, self._step_columns = max(lengths), columns
+        self._steps.clear()
+        started = len(self) - num_waiting
+        self._lengths = [*lengths[:started], *self._lengths[started:]]
+        self._columns = torch.cat([columns[:started], self._columns[started:]])
+        self._positions = torch.cat([positions[:, :started], self._positions[:, started:]], dim=1)
+        return positions
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See `AttentionBackend`; B is R, L is 1."""
-        cache, column, device = self._layers[layer], self._filled - 1, query.device
-        cache.suffix_keys[:, :, column], cache.suffix_values[:, :, column] = key[:, :, 0], value[:, :, 0]
-        heads = query.shape[1] // key.shape[1]  # query heads that share a key head
-        queries = query.unflatten(1, (-1, heads)).squeeze(3)  # (R, K, H / K, d)
-        slots, prefix_mask, suffix_mask = (
-            tensor.to(device) for tensor in (self._slots, self._prefix_mask, self._suffix_mask)
+        cache, dtype = self._layers[layer], value.dtype
+        step = self._step_on(query.device, dtype)
+        tables, num_heads = step.tables, query.shape[1] // key.shape[1]  # query heads that share a key head
+        for tensor, new in ((cache.own.keys, key), (cache.own.values, value)):
+            tensor[tables.rows, :, step.columns] = new[:, :, 0].to(dtype)
+        queries = query.to(dtype).squeeze(2).unflatten(1, (-1, num_heads))  # (R, K, H / K, d)
+        own, own_total = partial_attention(
+            queries, *cache.own.part(len(self), step.own_bias.shape[1]), scale=scale, bias=step.own_bias
         )
-        num_groups, max_rows = len(prefix_mask), self._max_rows
-        by_slot = queries.new_zeros(num_groups * max_rows, *queries.shape[1:]).index_copy(0, slots, queries)
-        by_group = by_slot.unflatten(0, (num_groups, max_rows)).transpose(1, 2).flatten(2, 3)  # (G, K, M H / K, d)
-        prefix, prefix_total = (
-            tensor.unflatten(2, (max_rows, heads)).transpose(1, 2).flatten(0, 1)[slots]
-            for tensor in _attend(by_group, cache.keys, cache.values, prefix_mask, scale=scale)
+        queries = queries.transpose(1, 2)  # (R, H / K, K, d), as the kernels store outputs
+
+        outputs, totals = [own.transpose(1, 2)], [own_total.transpose(1, 2).unsqueeze(1)]
+        pages = tails = None
+        if len(tables.page_rows):
+            pages, page_totals = _attend_together(queries, tables.page_rows, cache.pages, None, scale=scale)
+            totals.append(page_totals[tables.row_pages, tables.slots[:, None]])
+        if len(tables.tail_rows):
+            tails, tail_totals = _attend_together(queries, tables.tail_rows, cache.tails, step.tail_bias, scale=scale)
+            totals.append(tail_totals[tables.row_tails, tables.slots].unsqueeze(1))
+        total = torch.cat(totals, dim=1)  # (R, parts, H / K, K)
+        shares = total.masked_fill(tables.is_absent, -torch.inf).softmax(1)
+
+        output = shares[:, 0, ..., None] * outputs[0]
+        if tails is not None:
+            output = output + shares[:, -1, ..., None] * tails[tables.row_tails, tables.slots]
+        if pages is not None:
+            output = output + _sum_pages(pages, shares, tables)
+        return output.transpose(1, 2).flatten(1, 2).unsqueeze(2).to(dtype)
+
+    def _step_on(self, device: torch.device, dtype: torch.dtype) -> _Step:
+        """Return the tensors of this step on a device; a model may be split over several."""
+        if device not in self._steps:
+            if device not in self._tables:
+                self._tables[device] = self._make_tables().to(device)
+            tables, columns = self._tables[device], self._step_columns.to(device)
+            tail_columns = max((prefix.tail_length for prefix in self._prefixes), default=0)
+            self._steps[device] = _Step(
+                tables,
+                columns,
+                length_bias(columns[:, None] + 1, num_columns=self._num_columns, dtype=dtype),
+                length_bias(tables.tail_lengths, num_columns=tail_columns, dtype=dtype),
+            )
+        return self._steps[device]
+
+    def _make_tables(self) -> _Tables:
+        members: list[list[int]] = [[] for _ in self._prefixes]
+        slots = []
+        for row, group in enumerate(self._groups):
+            slots.append(len(members[group]))
+            members[group].append(row)
+        num_slots, longest = max(map(len, members)), max(len(prefix.pages) for prefix in self._prefixes)
+        num_groups, num_pages, num_tails = len(members), self._num_pages, self._num_tails
+        page_rows, tail_rows = _zeros(num_pages, num_slots), _zeros(num_tails, num_slots)
+        page_numbers, tail_lengths = _zeros(num_pages), _zeros(num_tails, 1)
+        group_pages, group_tails = _zeros(num_groups, longest), _zeros(num_groups)
+        page_groups, is_part = _zeros(num_groups, num_pages).bool(), _zeros(num_groups, longest + 2).bool()
+        is_part[:, 0] = True
+        for group, prefix in enumerate(self._prefixes):
+            count, rows = len(prefix.pages), torch.tensor(members[group])
+            pages = torch.tensor(prefix.pages, dtype=torch.long)
+            page_rows[pages, : len(rows)] = rows
+            page_numbers[pages] = torch.arange(count)
+            group_pages[group, :count] = pages
+            page_groups[group, pages] = is_part[group, 1 : 1 + count] = True
+            if prefix.tail is not None:
+                tail_rows[prefix.tail, : len(rows)] = rows
+                tail_lengths[prefix.tail] = prefix.tail_length
+                group_tails[group] = prefix.tail
+                is_part[group, -1] = True
+        groups = torch.tensor(self._groups)
+        return _Tables(
+            rows=torch.arange(len(groups)),
+            slots=torch.tensor(slots),
+            groups=groups,
+            page_rows=page_rows,
+            tail_rows=tail_rows,
+            row_pages=group_pages[groups],
+            page_numbers=page_numbers,
+            page_groups=page_groups,
+            row_tails=group_tails[groups],
+            is_absent=~is_part[groups, : None if num_tails else -1, None, None],
+            tail_lengths=tail_lengths,
         )
-        filled = slice(self._filled)
-        suffix, suffix_total = _attend(
-            queries,
-            cache.suffix_keys[:, :, filled],
-            cache.suffix_values[:, :, filled],
-            suffix_mask[:, filled],
-            scale=scale,
-        )
-        # The softmax over the keys of both, from the log-sum-exp of each.
-        share = (prefix_total - suffix_total).sigmoid()
-        output = share * prefix + (1 - share) * suffix
-        return output.to(value.dtype).flatten(1, 2).unsqueeze(2)
 
 
-class BatchedKVCache:
-    """Several caches in one decode step, which shares everything but attention.
+def _attend_together(
+    queries: Tensor, rows: Tensor, pool: _Pool, bias: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Let rows attend together to what they share.
 
     Args:
-        caches: caches of rows that were prefilled at different times; their rows are concatenated.
-    """
-
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        self._caches = caches
-        self._sizes = [len(cache) for cache in caches]
-
-    def advance(self) -> Tensor:
-        """See `KVCache`."""
-        return torch.cat([cache.advance() for cache in self._caches], dim=1)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """See `AttentionBackend`; B is the number of rows of all caches, L is 1."""
-        parts = zip(self._caches, *(tensor.split(self._sizes) for tensor in (query, key, value)), strict=True)
-        return torch.cat([cache.attend(layer, *part, scale=scale) for cache, *part in parts])
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute attention and the log-sum-exp of its scores, both in float32.
-
-    Args:
-        query: (B, K, Q, d).
-        keys, values: (B, K, S, d).
-        mask: (B, S) true for filled columns.
+        queries: (R, H / K, K, d).
+        rows: (N, M) rows that attend to each part of the pool.
+        pool: N parts or more.
+        bias: see `partial_attention`.
         scale: factor of the scores.
 
     Returns:
-        (B, K, Q, d) and (B, K, Q, 1).
+        (N, M, H / K, K, d) and the log-sum-exp (N, M, H / K, K).
     """
-    scores = _float32_product(query, keys) * scale
-    # Not minus infinity: without any filled column the result must be a number, which then has no weight.
-    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-    total = scores.logsumexp(-1, keepdim=True)
-    return ((scores - total).exp().to(values.dtype) @ values).float(), total
+    gathered = queries.index_select(0, rows.flatten()).unflatten(0, rows.shape).flatten(1, 2)  # (N, M H / K, K, d)
+    keys, values = pool.part(len(rows), PAGE_LENGTH if bias is None else bias.shape[1])
+    output, total = partial_attention(gathered.transpose(1, 2), keys, values, scale=scale, bias=bias)
+    num_slots = rows.shape[1]
+    return output.transpose(1, 2).unflatten(1, (num_slots, -1)), total.transpose(1, 2).unflatten(1, (num_slots, -1))
 
 
-def _float32_product(query: Tensor, keys: Tensor) -> Tensor:
-    """Return query @ keys^T, (B, K, Q, S), accumulated and kept in float32.
+def _sum_pages(outputs: Tensor, shares: Tensor, tables: _Tables) -> Tensor:
+    """Sum the outputs (P, M, H / K, K, d) of each row's pages with their shares (R, parts, H / K, K) of the softmax.
 
-    The keys of Qwen2 have biases of several hundred. Products rounded to 16 bits then differ by whole units, and the
-    softmax by several percent.
+    One product over all pages, with zeros for those of other groups, reads each output once; gathering the outputs of
+    each row first would copy them. Slots without a row get any numbers, which are not read.
     """
-    if query.dtype in (torch.float32, torch.float64):
-        return query @ keys.transpose(-1, -2)
-    if query.device.type == "cuda":  # converted keys would be a copy of the cache
-        product = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
-        return product.unflatten(0, query.shape[:2])
-    return query.float() @ keys.float().transpose(-1, -2)
+    weights = shares[tables.page_rows, 1 + tables.page_numbers[:, None]].flatten(1).t().to(outputs.dtype)
+    by_group = weights.unsqueeze(1) * tables.page_groups  # (M H / K K, G, P)
+    sums = float32_product(by_group, outputs.flatten(1, 3).transpose(0, 1))  # (M H / K K, G, d)
+    return sums.unflatten(0, outputs.shape[1:4])[tables.slots, :, :, tables.groups]
 
 
-def _length_mask(lengths: Sequence[int], *, device: torch.device) -> Tensor:
-    """Return (N, longest), true in the first columns of each row, as many as its length."""
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+def _fill_gaps(places: Sequence[int]) -> dict[int, int]:
+    """Return the moves {source: target} after which the used places are the first ones; no other part is copied."""
+    gaps = sorted(set(range(len(places))) - set(places))
+    return dict(zip((place for place in sorted(places) if place >= len(places)), gaps, strict=True))
+
+
+def _cut_pages(prefixes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cut prefixes (K, length, d) into full pages (P, K, PAGE_LENGTH, d) and tails (T, K, longest, d)."""
+    pages, tails = [], [prefixes[0][:, :0]]
+    for prefix in prefixes:
+        count, rest = divmod(prefix.shape[1], PAGE_LENGTH)
+        full, tail = prefix.split([count * PAGE_LENGTH, rest], dim=1)
+        pages.append(full.unflatten(1, (count, PAGE_LENGTH)).transpose(0, 1))
+        if rest:
+            tails.append(tail)
+    return torch.cat(pages), _stack(tails)[1:]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors (K, length, d), padded with zeros on the right, to (N, K, longest, d)."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.stack([F.pad(tensor, (0, 0, 0, longest - tensor.shape[1])) for tensor in tensors])
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.long)

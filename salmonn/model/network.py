@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from salmonn.model.attention import AttentionBackend, PackedAttention, PrefillAttention, use_packed_attention
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
-from salmonn.model.kv_cache import BatchedKVCache, KVCache
+from salmonn.model.kv_cache import KVCache
 from salmonn.model.layout import ClipInputs, Layout, ModelInputs, insert_clip_tokens
 from salmonn.model.packing import PackedBatch, pack
 from salmonn.model.pooling import AnswerStates, Pooling, pool_last, pool_mean, pool_rich, upper_layers
@@ -268,11 +268,20 @@ class Network(PreTrainedModel):
         cache.finalize()
         return self._logits(torch.cat(last_hidden)), cache, packed.row_order
 
-    def decode_step(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
-        """Run one more token (R,) of each cached row through the decoder; returns the logits after it, (R, V)."""
-        cache = caches[0] if len(caches) == 1 else BatchedKVCache(caches)
+    def decode_step(self, tokens: Tensor, cache: KVCache, *, num_waiting: int = 0) -> Tensor:
+        """Run one more token (R,) of each cached row through the decoder.
+
+        Args:
+            tokens: (R,) token ids.
+            cache: KV cache of the R rows.
+            num_waiting: number of rows at the end that have no token yet; what is computed for them has no effect.
+
+        Returns:
+            (R, V) logits of the tokens after these.
+        """
         embeds = Embedded(self.lm.get_input_embeddings()(tokens[:, None]))
-        return self._logits(self._run_decoder(embeds, cache.advance(), cache)[:, 0])
+        positions = cache.advance(num_waiting=num_waiting)
+        return self._logits(self._run_decoder(embeds, positions, cache)[:, 0])
 
     def _run_packed(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> Tensor:
         """Return the hidden states of a packed sequence, (T, D)."""

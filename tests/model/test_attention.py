@@ -83,9 +83,9 @@ def test_decode_steps_equal_separate_rows():
 
 def test_a_prefix_is_stored_once():
     cache = prefill(*(random_heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2))))
-    assert cache._layers[0].keys.shape == (2, 2, 5, 8)  # two clips, for three rows
+    assert cache._layers[0].tails.keys.shape == (2, 2, 5, 8)  # two clips, for three rows
     cache.evict(torch.tensor([True, False, False]))
-    assert cache._layers[0].keys.shape == (1, 2, 5, 8) and cache._layers[0].suffix_keys.shape[0] == 1
+    assert cache._layers[0].tails.keys.shape == (1, 2, 5, 8) and cache._layers[0].own.keys.shape[0] == 1
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])

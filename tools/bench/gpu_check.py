@@ -33,6 +33,7 @@ from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
+from salmonn.model.partial_attention import attention_kernel
 
 GIB = 1 << 30
 KEY_BIAS_NORM = 600.0  # of the first and the last layer of Qwen2-7B
@@ -148,14 +149,22 @@ def measure_prefill(check: GpuCheck) -> Figures:
     run = torch.no_grad()(partial(network.prefill, inputs))
     seconds = check.seconds(run)
     launches, _ = check.kernels(run)
+    return {
+        "tokens": inputs.num_tokens,
+        "tokens/s": inputs.num_tokens / seconds,
+        "attention kernels": attention_names(launches),
+    }
+
+
+def attention_names(launches: Counter[str]) -> list[str]:
+    """Return the names of the attention kernels among all that were launched."""
     names = ("flash", "cudnn", "fmha", "attention")
-    used = sorted(name[:90] for name in launches if any(part in name.lower() for part in names))
-    return {"tokens": inputs.num_tokens, "tokens/s": inputs.num_tokens / seconds, "attention kernels": used}
+    return sorted(name[:90] for name in launches if any(part in name.lower() for part in names))
 
 
 def measure_decoding(check: GpuCheck) -> Figures:
-    """Measure decode steps of 1, 8 and 64 rows, beside the limit that reading the weights sets."""
-    network, figures = check.captioner.network, {}
+    """Measure decode steps of 1, 8 and 64 rows, beside the limit that reading the weights sets, and name kernels."""
+    network, figures = check.captioner.network, Figures()
     weights = sum(one.nbytes for one in network.lm.parameters())
     limit = bandwidth(check) / weights
     for num_clips, num_samples in ((1, 1), (1, NUM_SAMPLES), (NUM_CLIPS, NUM_SAMPLES)):
@@ -171,7 +180,10 @@ def measure_decoding(check: GpuCheck) -> Figures:
             "share of the bandwidth limit": rate / limit,
             "launches a step": launches.total(),
         }
-    return figures
+    config = network.lm.get_decoder().config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    chosen = attention_kernel(network.device, network.dtype, width)
+    return figures | {"attention": chosen.__name__, "attention kernels": attention_names(launches)}
 
 
 def measure_generate(check: GpuCheck) -> Figures:
