@@ -18,8 +18,10 @@ TORCH ?= torch==2.13.0
 PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
+EXACTNESS_TESTS := tests/test_parity.py tests/model/test_qwen3_vl.py tests/model/test_d_orca.py tests/caption/test_omni.py \
+	tests/caption/test_generic.py
 
-.PHONY: setup test test-slow test-resume fuzz docs lint mrdpo proof ablation lab-rewards bench gpu-check tiny clean
+.PHONY: setup test test-slow exactness test-resume fuzz docs lint mrdpo proof ablation lab-rewards bench gpu-check tiny clean
 
 setup: $(VENV)/installed
 
@@ -59,6 +61,10 @@ test-resume: setup
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow tests/test_fuzz.py
+
+# The table of differences from transformers and the published code (docs/published.md).
+exactness: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s $(EXACTNESS_TESTS) | grep -E '^(\||[0-9]+ (passed|failed))'
 
 docs: setup
 	$(BIN)/mkdocs build

@@ -29,6 +29,7 @@ from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.data import ClipSet, all_texts
+from tests.exactness import FOUND, exactness_table
 from tests.launch import SHARED_SOCKET, socket_path
 from tests.score.fake_llm_server import FakeLLMServer
 
@@ -59,6 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempt what the test modules have imported from garbage collection, too."""
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the differences from other code that tests have found (`make exactness`), if output is not captured."""
+    if FOUND and config.getoption("capture") == "no":
+        terminalreporter.write_line("")
+        for line in exactness_table():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,13 @@ RECIPE_OF = {
 CONFIG_OF = {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig", "reward": "RewardRecipeConfig"}
 YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(RECIPES / "configs")) for path in YAMLS]
+OF_AUTHORS = ("salmonn2", "salmonn2_plus", "configs")  # folders whose dry runs are all fast tests
+
+
+def dry_run_marks(path: Path) -> list[pytest.MarkDecorator]:
+    """Return the mark of a slow test for dry runs of other families, whose stages mrdpo.yaml and sft.yaml have too."""
+    repeated = path.parent.name not in OF_AUTHORS and path.stem in ("dpo", "rebirth", "reward")
+    return [pytest.mark.slow] if repeated else []
 
 
 @pytest.fixture
@@ -115,7 +122,7 @@ def test_shipped_yaml_repeats_no_defaults(config_type, path):
     assert not same, f"{path.name} repeats defaults: {', '.join(same)}"
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=NAMES)
+@pytest.mark.parametrize("path", [pytest.param(path, marks=dry_run_marks(path)) for path in YAMLS], ids=NAMES)
 def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp_path, monkeypatch, capsys):
     """A dry run prints its requirements, loads no weights and writes no files."""
     of = config_type(path.name)

@@ -23,6 +23,7 @@ from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora, set_adapter_weights
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig, RoleLogps, guided_loss
+from tests.exactness import assert_close, assert_equal
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
 FOLDERS = sorted(PARITY_DIR.glob("*/cases.json")) if PARITY_DIR.is_dir() else []
@@ -112,33 +113,35 @@ def make_inputs(network: Network, ids: Tensor, layout: Layout, *, visual: Tensor
     )
 
 
-def close(ours: Tensor, published: Tensor, *, tolerance: float = TOLERANCE) -> bool:
-    return ours.shape == published.shape and bool((ours - published).abs().max() <= tolerance)
+def agree(case: Case, ours: Tensor, published: Tensor, *, what: str) -> None:
+    assert_close(ours, published, of=case.network.config.family, what=what, atol=TOLERANCE)
 
 
 @torch.no_grad()
 def test_visual_features(case):
     if "video_embeds" in case.tensors:
-        assert close(case.visual, case.tensors["video_embeds"])
+        agree(case, case.visual, case.tensors["video_embeds"], what="visual features")
     elif "frame_tokens" in case.tensors:
         frames, tokens, width = case.tensors["frame_tokens"].shape
         side = int(tokens**0.5)
         rows = case.visual.reshape(frames, side, side + 1, width)
-        assert close(rows[:, :, :side].flatten(1, 2), case.tensors["frame_tokens"])
+        agree(case, rows[:, :, :side].flatten(1, 2), case.tensors["frame_tokens"], what="visual features")
         assert (rows[:, :, side] == case.network.vision.newline).all()
         # The fixture keeps what the tower itself gives for the first frame.
         pixels = case.tensors["frames_uint8"][:1] / 127.5 - 1
-        assert close(case.network.vision.encoder(pixels).last_hidden_state, case.tensors["vision_tower"])
+        tower = case.network.vision.encoder(pixels).last_hidden_state
+        agree(case, tower, case.tensors["vision_tower"], what="vision tower")
     else:
         assert len(case.visual) == 0
 
 
 def test_audio_features(case):
     if "audio_embeds" in case.tensors:
-        assert close(case.audio, case.tensors["audio_embeds"])
+        agree(case, case.audio, case.tensors["audio_embeds"], what="audio features")
     elif "audio_tokens" in case.tensors:
         published = case.tensors["audio_tokens"]
-        assert close(case.audio[: published.shape[1]], published[0])  # nothing is added to the first chunk
+        # nothing is added to the first chunk
+        agree(case, case.audio[: published.shape[1]], published[0], what="audio features")
     else:
         assert len(case.audio) == 0
 
@@ -146,9 +149,10 @@ def test_audio_features(case):
 @torch.no_grad()
 def test_embeddings_and_positions(case):
     if "inputs_embeds" in case.tensors:
-        assert close(case.network.embed(case.inputs), case.tensors["inputs_embeds"])
+        agree(case, case.network.embed(case.inputs), case.tensors["inputs_embeds"], what="embeddings")
     if "position_ids" in case.tensors:
-        assert torch.equal(case.inputs.position_ids, case.tensors["position_ids"])
+        ours, published = case.inputs.position_ids.tolist(), case.tensors["position_ids"].tolist()
+        assert_equal(ours, published, of=case.network.config.family, what="positions")
     assert {"inputs_embeds", "position_ids"} & case.tensors.keys()
 
 
@@ -160,13 +164,14 @@ def test_logits(case):
         attention_mask=inputs.attention_mask,
         position_ids=network.family.rotary_positions(inputs.position_ids),
     ).logits
-    assert close(logits, case.tensors["logits"])
+    agree(case, logits, case.tensors["logits"], what="logits")
 
 
 def test_greedy_tokens(case):
     published = case.tensors["greedy"].tolist()
     # The published run did not stop at the end token.
-    assert generated_ids(case.network, case.inputs, published) == published
+    found = generated_ids(case.network, case.inputs, published)
+    assert_equal(found, published, of=case.network.config.family, what="greedy tokens")
 
 
 def generated_ids(network, inputs: ModelInputs, published: list[list[int]]) -> list[list[int]]:
@@ -244,8 +249,9 @@ class TestPreference:
     def test_log_probabilities(self, folder, logps):
         every = load_file(folder / "cases.safetensors")
         for name, ours in logps.items():
-            assert close(ours, every[name]), name
-        assert not close(logps["policy_logps.chosen"], logps["reference_logps.chosen"])
+            assert_close(ours, every[name], of=folder.name, what="log-probabilities, LoRA on and off", atol=TOLERANCE)
+        change = logps["policy_logps.chosen"] - logps["reference_logps.chosen"]
+        assert change.abs().max() > TOLERANCE
 
     def test_losses(self, folder, logps):
         facts = json.loads((folder / "cases.json").read_text())["preference"]

@@ -6,15 +6,12 @@ are; its video processor needs torchvision, so that of it `patchify` alone runs,
 
 import copy
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import transformers.video_processing_utils
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.image_utils import (
@@ -34,7 +31,9 @@ from salmonn.model.loading import load_config
 from salmonn.model.publish import write_published_layout
 from salmonn.model.towers import normalize
 from salmonn.train.feature_cache import FeatureCache
+from tests.exactness import assert_close, assert_equal
 from tests.omni_models import Published, make_clip, make_qwen2_5_omni, make_qwen3_omni, published_name
+from tests.torchvision_stub import torchvision_stub
 
 PROMPT, ANSWER = "Describe the video.", "a red circle moves"
 CLIPS = {
@@ -55,6 +54,7 @@ class Kind:
     """What differs between the two families.
 
     Args:
+        name: name of the family.
         make: maker of a random checkpoint.
         system: system message in front of a chat.
         video, audio: text of the chat for a video, with or without audio, and for audio alone.
@@ -62,6 +62,7 @@ class Kind:
         published_grid_seconds: duration of a grid step of two frames a second in the default of transformers.
     """
 
+    name: str
     make: Callable[..., Published]
     system: str
     video: str
@@ -73,11 +74,13 @@ class Kind:
 
 KINDS = {
     "qwen2.5-omni": Kind(
-        make_qwen2_5_omni, SYSTEM, "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|audio_bos|><|AUDIO|><|audio_eos|>",
+        "qwen2.5-omni", make_qwen2_5_omni, SYSTEM,
+        "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|audio_bos|><|AUDIO|><|audio_eos|>",
         OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, 1.0,
     ),
     "qwen3-omni": Kind(
-        make_qwen3_omni, "", "<|vision_start|><|video_pad|><|vision_end|>", "<|audio_start|><|audio_pad|><|audio_end|>",
+        "qwen3-omni", make_qwen3_omni, "",
+        "<|vision_start|><|video_pad|><|vision_end|>", "<|audio_start|><|audio_pad|><|audio_end|>",
         IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, 2.0,
     ),
 }  # fmt: skip
@@ -111,12 +114,7 @@ def captioner(published) -> Captioner:
 @pytest.fixture(scope="module")
 def video_processor() -> Any:
     """The class of transformers' video processor, which imports torchvision for methods that are not used here."""
-    assert transformers.video_processing_utils  # imported before, since it must not take the mock for torchvision
-    names = [
-        "torchvision",
-        *(f"torchvision.{name}" for name in ("transforms", "transforms.v2", "transforms.v2.functional")),
-    ]
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+    with torchvision_stub():
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     return Qwen2VLVideoProcessor
 
@@ -164,21 +162,22 @@ def test_patches(cases, kind, video_processor):
         processor = video_processor.__new__(video_processor)
         patches, *grid = processor.patchify((frames - mean) / std, 14, 2, 2)
         assert tuple(grid) == case.media.grid
-        assert (normalize(case.media.pixels, mean=kind.mean, std=kind.std) - patches[0]).abs().max() < 1e-5
+        ours = normalize(case.media.pixels, mean=kind.mean, std=kind.std)
+        assert_close(ours, patches[0], of=kind.name, what="patches", atol=1e-5)
 
 
-def test_log_mel(cases):
+def test_log_mel(cases, kind):
     for case in cases.values():
         if case.clip.has_audio:
             mask = case.theirs["feature_attention_mask"][0].bool()
             expected = case.theirs["input_features"][:, :, mask]
-            assert case.media.mel.shape == expected.shape
-            assert (case.media.mel - expected).abs().max() < 1e-5
+            assert_close(case.media.mel, expected, of=kind.name, what="log-mel", atol=1e-5)
 
 
 def test_token_layout(captioner, cases):
-    for name, case in cases.items():
-        assert token_ids(captioner, case.ours) == case.theirs["input_ids"][0].tolist(), name
+    for case in cases.values():
+        ids = case.theirs["input_ids"][0].tolist()
+        assert_equal(token_ids(captioner, case.ours), ids, of=captioner.processor.config.family, what="token ids")
 
 
 def test_published_positions(published, kind, cases):
@@ -189,13 +188,13 @@ def test_published_positions(published, kind, cases):
         for name in ("video and audio", "audio longer than the video", "video")
     }
     test_token_layout(captioner, theirs)
-    test_positions(published, theirs)
+    test_positions(published, theirs, kind)
     moved = [not torch.equal(theirs[name].ours.position_ids, cases[name].ours.position_ids) for name in theirs]
     assert moved == [kind.published_grid_seconds != 1.0] * 3
 
 
-def test_positions(published, cases):
-    for name, case in cases.items():
+def test_positions(published, cases, kind):
+    for case in cases.values():
         inputs = case.theirs
         mask = inputs.get("feature_attention_mask")
         positions, _ = published.model.get_rope_index(
@@ -206,19 +205,19 @@ def test_positions(published, cases):
             audio_seqlens=None if mask is None else mask.sum(-1),
             second_per_grids=inputs.get("video_second_per_grid"),
         )
-        assert torch.equal(case.ours.position_ids, positions.long()), name
+        assert_equal(case.ours.position_ids.tolist(), positions.tolist(), of=kind.name, what="positions")
 
 
 @torch.no_grad()
-def test_log_probabilities(captioner, published, cases):
-    for name, case in cases.items():
+def test_log_probabilities(captioner, published, cases, kind):
+    for case in cases.values():
         ours = captioner.network(case.ours, distributions=True)
         logits = published.model(**case.theirs).logits[0, -len(ours) - 1 : -1]
         assert ours.std() > 0.5  # not the same for all tokens
-        assert (ours - logits.log_softmax(-1)).abs().max() < 1e-4, name
+        assert_close(ours, logits.log_softmax(-1), of=kind.name, what="log-probabilities", atol=1e-4)
 
 
-def test_greedy_tokens(captioner, published, cases):
+def test_greedy_tokens(captioner, published, cases, kind):
     """Alone with transformers, and here in one batch of all kinds, in which prompts are of different lengths."""
     num_answer = int((cases["video"].ours.labels != -100).sum())
     expected = []
@@ -229,7 +228,7 @@ def test_greedy_tokens(captioner, published, cases):
     rows = [PromptRow(index, PROMPT) for index in range(len(cases))]
     inputs = captioner.processor.collate(rows, [case.media for case in cases.values()])
     found = generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=12), stop_ids=[-1])
-    assert [[token.id for token in row] for row in found] == expected
+    assert_equal([[token.id for token in row] for row in found], expected, of=kind.name, what="greedy tokens")
     assert len({tuple(ids) for ids in expected}) > 1
 
 

@@ -25,6 +25,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.train.data import ClipSource, SftBatches, TrainingExample, all_texts, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, fit
 from tests.d_orca import save_tiny
+from tests.exactness import assert_close, assert_equal
 
 RATE, PROMPT = 4.0, "Tell."
 
@@ -125,12 +126,12 @@ def test_layout_positions_and_logits(captioner, case):
     ours[torch.isin(ours, torch.tensor([video_id, audio_id])).nonzero().flatten()[is_text]] = torch.tensor(
         layout.timestamp_ids, dtype=torch.long
     )
-    assert ours.tolist() == ids.tolist()
+    assert_equal(ours.tolist(), ids.tolist(), of="d-orca", what="token ids")
     positions = published_positions(ids.tolist(), video_id=video_id, rows=2, columns=3)
-    assert torch.equal(inputs.position_ids[:, 0], positions)
+    assert_equal(inputs.position_ids[:, 0].tolist(), positions.tolist(), of="d-orca", what="positions")
     expected = published_logits(network, inputs, ids, positions, video_id, audio_id)
     logits, _, _ = network.prefill(inputs)
-    assert torch.allclose(logits[0], expected[-1], atol=1e-4)
+    assert_close(logits[0], expected[-1], of="d-orca", what="logits", atol=1e-4)
 
 
 def test_greedy_tokens_of_a_batch_of_different_clips(captioner):

@@ -45,6 +45,7 @@ from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample
 from salmonn.train.reference_logps import compute_reference_logps
+from tests.exactness import assert_close, assert_equal
 from tests.qwen3_vl import expected_inputs, save_tiny
 
 RATE = 12.5
@@ -114,7 +115,7 @@ def test_pixels_and_grids(inputs, expected):
     for ours, theirs in zip(inputs.clip_inputs, expected, strict=True):
         assert [list(ours.grid)] == theirs["video_grid_thw"].tolist()
         pixels = normalize(ours.pixels, mean=[0.5] * 3, std=[0.5] * 3)
-        assert torch.allclose(pixels, theirs["pixel_values_videos"], atol=1e-6)
+        assert_close(pixels, theirs["pixel_values_videos"], of="qwen3-vl", what="patches", atol=1e-6)
 
 
 @torch.no_grad()
@@ -124,7 +125,9 @@ def test_features(captioner, published, inputs, expected):
     for features, theirs in zip(ours, expected, strict=True):
         output = published.model.get_video_features(theirs["pixel_values_videos"], theirs["video_grid_thw"])
         parts = [output.pooler_output[0], *(deep[0] for deep in output.deepstack_features)]
-        assert torch.allclose(features, torch.cat(parts, dim=-1), atol=1e-5) and len(parts) == 3
+        what = "visual and deep features"
+        assert_close(features, torch.cat(parts, dim=-1), of="qwen3-vl", what=what, atol=1e-5, rtol=1e-5)
+        assert len(parts) == 3
 
 
 def test_token_layout_and_positions(captioner, published, inputs, expected):
@@ -136,8 +139,9 @@ def test_token_layout_and_positions(captioner, published, inputs, expected):
         layout = inputs.layouts[row]
         within = (ids == video_id).nonzero().flatten()[~layout.is_visual]
         ids[within] = torch.tensor(layout.timestamp_ids)
-        assert ids.tolist() == theirs["input_ids"][0].tolist()
-        assert torch.equal(inputs.position_ids[:, row, : len(ids)], positions[:, 0])
+        assert_equal(ids.tolist(), theirs["input_ids"][0].tolist(), of="qwen3-vl", what="token ids")
+        ours = inputs.position_ids[:, row, : len(ids)].tolist()
+        assert_equal(ours, positions[:, 0].tolist(), of="qwen3-vl", what="positions")
 
 
 @torch.no_grad()
@@ -145,7 +149,8 @@ def test_logits(captioner, published, inputs, expected):
     """Of the whole batch, packed, at the first token of each answer."""
     logits, _, order = captioner.network.prefill(inputs)
     for row, theirs in enumerate(expected):
-        assert torch.allclose(logits[order.index(row)], published(**theirs).logits[0, -1], atol=1e-4)
+        logits_of_row = published(**theirs).logits[0, -1]
+        assert_close(logits[order.index(row)], logits_of_row, of="qwen3-vl", what="logits", atol=1e-4)
 
 
 @torch.no_grad()
@@ -157,7 +162,8 @@ def test_greedy_tokens(captioner, published, inputs, expected, penalty):
     for row, theirs in zip(ours, expected, strict=True):
         options = dict(max_new_tokens=16, do_sample=False, repetition_penalty=penalty, eos_token_id=None)
         generated = published.generate(**theirs, **options)
-        assert row == generated[0, theirs["input_ids"].shape[1] :].tolist()
+        ids = generated[0, theirs["input_ids"].shape[1] :].tolist()
+        assert_equal(row, ids, of="qwen3-vl", what="greedy tokens")
     assert len({tuple(row) for row in ours}) == 3
 
 
