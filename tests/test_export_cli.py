@@ -53,6 +53,19 @@ def test_files_beside_the_captions_are_no_captions(call, captions):
     assert [one.text for one in read_records("all.jsonl", Caption)] == ["fused"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--subtitle-dir", "subs"], "--subtitle-dir subs is for subtitles, which --to all.csv does not write"),
+        (["--replace-subtitles"], "--replace-subtitles is for subtitles, which --to all.csv does not write"),
+        (["--rows", "trl", "--replace-subtitles"], "--replace-subtitles is for subtitles, which --to all.csv does not"),
+    ],
+)
+def test_options_of_subtitles_without_subtitles_are_refused(call, captions, flags, message):
+    code, _, err = call("export", *captions, "--to", "all.csv", *flags)
+    assert code == 2 and message in err and not Path("all.csv").exists()
+
+
 def test_texts_beside_the_videos(call, captions):
     Path("a.srt").write_text("mine")
     code, _, err = call("export", *captions, "--to", "srt", "txt")

@@ -55,6 +55,7 @@ def export_parser() -> FlagParser:
 def run_export(values: Namespace) -> int:
     """Write captions or preferences in other formats."""
     require_local(*values.to)
+    _check_subtitle_options(values)
     if values.rows:
         return _export_rows(values)
     from salmonn.batch.export import TABLES, LatestCaptions, export_subtitles, export_table
@@ -99,6 +100,26 @@ def run_export(values: Namespace) -> int:
     return SOME_FAILED if failures or num_unwritten else 0
 
 
+def _check_subtitle_options(values: Namespace) -> None:
+    """Raise ValueError for options of subtitles that would have no effect."""
+    from salmonn.batch.subtitles import SUBTITLE_FORMATS
+
+    has_subtitles = not (values.rows or values.preset) and any(name in SUBTITLE_FORMATS for name in values.to)
+    if values.subtitle_dir is not None and not has_subtitles:
+        raise ValueError(
+            f"--subtitle-dir {values.subtitle_dir} is for subtitles, which --to {' '.join(values.to)} does not write; "
+            f"omit it, or add {', '.join(SUBTITLE_FORMATS)} to --to"
+            if not values.preset
+            else "--subtitle-dir is for subtitles; with --preset, --to names the folder and the file"
+        )
+    # A file of --preset beside the videos is replaced as subtitles are.
+    if values.replace_subtitles and not (has_subtitles or values.preset):
+        raise ValueError(
+            f"--replace-subtitles is for subtitles, which --to {' '.join(values.to)} does not write; other files are "
+            "always replaced; omit it"
+        )
+
+
 def _export_dataset(values: Namespace) -> int:
     """List videos and captions as a trainer of video generators reads them."""
     from salmonn.batch.dataset import DATASET_SUFFIXES, DatasetWriter
@@ -111,8 +132,6 @@ def _export_dataset(values: Namespace) -> int:
         raise ValueError(f"--preset {values.preset} has no file that lists videos; its files are --to txt or the like")
     if len(values.to) > 1 or Path(values.to[0]).suffix not in DATASET_SUFFIXES:
         raise ValueError(f"with --preset, --to names one file that ends in {', '.join(DATASET_SUFFIXES)}")
-    if values.subtitle_dir is not None:
-        raise ValueError("--subtitle-dir is for subtitles; with --preset, --to names the folder and the file")
     paths = _require_captions(values.captions)
     _warn_about_others(paths)
     require_no_run_file(Path(values.to[0]), {LedgerFiles.of(path) for path in paths})
