@@ -1,4 +1,4 @@
-"""Speech recognition: a tiny real Whisper, scripted segments, and a scripted torchaudio (the real one was not run)."""
+"""Speech recognition: a tiny real Whisper, scripted segments, torchaudio, and a script in its place."""
 
 import sys
 from types import SimpleNamespace
@@ -244,3 +244,40 @@ def test_forced_alignment_by_a_scripted_torchaudio(checkpoint, monkeypatch):
     scripted.pipelines = SimpleNamespace()
     with pytest.raises(ValueError, match=r"torchaudio 2\.8\.0 has no forced alignment"):
         ForcedAligner.load("cpu")
+
+
+class LettersAtFrames(torch.nn.Module):
+    """A CTC model, of 50 frames a second as torchaudio's, that reads letters at given frames and nothing else."""
+
+    def __init__(self, letters, ids):
+        super().__init__()
+        self.letters, self.ids = letters, ids
+
+    def forward(self, waveform):
+        logits = torch.full((1, waveform.shape[1] // 320, len(self.ids)), -10.0)
+        logits[..., 0] = 0.0  # the blank
+        for frame, letter in self.letters.items():
+            if frame < logits.shape[1]:
+                logits[0, frame] = -10.0
+                logits[0, frame, self.ids[letter]] = 0.0
+        return logits.log_softmax(-1), None
+
+
+def test_forced_alignment_by_torchaudio_itself(monkeypatch):
+    """With its tokenizer, letters and aligner, and emissions that are written by hand; its weights are a download."""
+    torchaudio = pytest.importorskip("torchaudio", reason="torchaudio is not installed")
+    from salmonn.caption.forced_alignment import ForcedAligner
+
+    bundle = torchaudio.pipelines.MMS_FA
+    letters = dict(zip((20, 24, 40, 44, 48, 52, 56, 80, 84), "weleaveat", strict=True))
+    model = LettersAtFrames(letters, bundle.get_dict(star=None))
+    monkeypatch.setattr(type(bundle), "get_model", lambda self, with_star: model)
+    aligner = ForcedAligner.load("cpu")
+    texts = [("We", 0.4, 0.5), ("leave", 0.8, 1.14), ("at.", 1.6, 1.7)]
+    spoken = SpeechEvent("We leave at.", 0.3, 2.0, tuple(SpokenWord(text, 0.3, 2.0, 0.9) for text, *_ in texts))
+    digits = SpeechEvent("9", 0.3, 2.0, (SpokenWord("9", 0.3, 2.0),))
+    long = SpeechEvent("abc" * 40, 0.3, 0.5, (SpokenWord("abc" * 40, 0.3, 0.5),))  # more letters than frames
+    found = aligner.align(noise(3), Transcription((spoken, digits, long), "en"))
+    assert [(word.text, word.start_seconds, word.end_seconds) for word in found.speech[0].words] == texts
+    assert found.speech[1:] == (digits, long)
+    assert found.warnings == ("2 of 3 sentences keep Whisper's times, since torchaudio cannot align their words",)
