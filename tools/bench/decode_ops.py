@@ -1,14 +1,14 @@
 """Count what a decode step gives to a GPU: operators, each at least one kernel launch, and the memory they write.
 
-    python tools/bench/decode_ops.py                     # launches a token, of a decoder with the 28 layers of a 7B
-    python tools/bench/decode_ops.py --layers 1 --frames 138    # attention at full size: 25,000 tokens of each clip
+    python tools/bench/decode_ops.py [--layers 28] [--prefix 25110]
 
-Counted on a CPU at the level at which PyTorch chooses kernels, views left out. The decoder has the heads of a 7B; all
-else is small. With one layer, the largest tensor is the largest one that attention writes.
+Counted on a CPU at the level at which PyTorch chooses kernels, views left out. Layers and heads are those of a 7B. For
+whole steps all else is small; attention is also counted alone, at full size.
 """
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +19,16 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
+from salmonn.model.kv_cache import KVCache
+from salmonn.model.layout import ClipFeatures
+from salmonn.model.packing import PackedBatch, PrefixGroup
 
 MIB = 1 << 20
 BATCHES = ((1, 1), (8, 8))  # clips, samples of each
+HEADS, KV_HEADS, HEAD_WIDTH = 28, 4, 128
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -54,15 +57,13 @@ class OperatorCounter(TorchDispatchMode):
         return result
 
 
-def make_decoder(*, layers: int) -> Captioner:
-    """Make a captioner with the heads of a 7B, small in all else."""
-    return make_captioner(replace(SHAPES["small"], layers=layers, heads=28, kv_heads=4, width=28 * 8, side=384))
-
-
-def count_step(captioner: Captioner, *, num_frames: int, num_clips: int, num_samples: int) -> OperatorCounter:
-    """Count the operators of one decode step of several clips with several samples each."""
-    clip = make_clip(captioner.processor, num_frames=num_frames, side=384)
-    (features,) = captioner.encode([clip])
+def count_step(*, layers: int, num_clips: int, num_samples: int) -> OperatorCounter:
+    """Count the operators of a decode step of several clips with several samples each."""
+    shape = replace(SHAPES["small"], layers=layers, heads=HEADS, kv_heads=KV_HEADS, width=8 * HEADS, num_frames=64)
+    captioner = make_captioner(shape)
+    clip = make_clip(captioner.processor, num_frames=shape.num_frames, side=shape.side)
+    layout = captioner.processor.make_layout(clip)
+    features = ClipFeatures(torch.randn(len(layout.order), shape.width), layout)
     rows = [PromptRow(number, PROMPT) for number in range(num_clips)]
     inputs = captioner.processor.collate(rows, [features] * num_clips)
     batch = DecodeBatch(captioner.network, stop_ids=[])
@@ -75,27 +76,50 @@ def count_step(captioner: Captioner, *, num_frames: int, num_clips: int, num_sam
     return counter
 
 
-def main(layers: int = 28, frames: int = 4, most: int = 0) -> None:
-    """Print a table.
+def count_attention(*, prefix: int, num_clips: int, num_samples: int) -> OperatorCounter:
+    """Count the operators of a decode step's attention in one layer of a 7B, with prefixes of some length."""
+    num_tokens, num_rows = num_clips * (prefix + num_samples), num_clips * num_samples
+    rows = torch.arange(num_rows).unflatten(0, (num_clips, num_samples)).tolist()
+    groups = tuple(PrefixGroup(number, tuple(of), prefix, (1,) * num_samples) for number, of in enumerate(rows))
+    packed = PackedBatch(torch.arange(num_tokens), torch.zeros(0), groups)
+    cache = KVCache(packed, torch.arange(num_tokens).expand(3, 1, num_tokens))
+    segments = [torch.randn(1, KV_HEADS, length, HEAD_WIDTH) for length in packed.segment_lengths]
+    cache.append(0, segments, segments, is_suffix=packed.is_suffix)
+    cache.finalize()
+    query, key = (torch.randn(num_rows, heads, 1, HEAD_WIDTH) for heads in (HEADS, KV_HEADS))
+    for _ in range(2):  # the first step makes room for tokens, and tables of the rows
+        cache.advance()
+        cache.attend(0, query, key, key, scale=HEAD_WIDTH**-0.5)
+    with OperatorCounter() as counter:
+        cache.attend(0, query, key, key, scale=HEAD_WIDTH**-0.5)
+    return counter
+
+
+def main(layers: int = 28, prefix: int = 25_110, most: int = 0) -> None:
+    """Print two tables: a decode step, and attention of one layer.
 
     Args:
         layers: layers of the decoder.
-        frames: frames of each clip, of 182 tokens.
+        prefix: tokens of each clip and its prompt, for attention; the default is a clip of 51 s of video-SALMONN 2+.
         most: number of the most frequent operators to print.
     """
-    captioner = make_decoder(layers=layers)
-    table = Table(title=f"one decode step, {layers} layers, {182 * frames:,} tokens of each clip")
-    for column in ("clips x samples", "operators", "largest tensor, MiB", "all results, MiB"):
-        table.add_column(column, justify="right")
-    for num_clips, num_samples in BATCHES:
-        counter = count_step(captioner, num_frames=frames, num_clips=num_clips, num_samples=num_samples)
-        figures = (counter.largest / MIB, counter.bytes_written / MIB)
-        table.add_row(
-            f"{num_clips} x {num_samples}", str(counter.counts.total()), *(f"{figure:.2f}" for figure in figures)
-        )
-    Console(width=120).print(table)
-    for name, count in counter.counts.most_common(most):
-        Console().print(f"{count:6} {name}")
+    for title, count in (
+        (f"a decode step of {layers} layers", partial(count_step, layers=layers)),
+        (
+            f"attention of one layer to {prefix:,} tokens of each clip, in float32",
+            partial(count_attention, prefix=prefix),
+        ),
+    ):
+        table = Table(title=title, title_justify="left")
+        for column in ("clips x samples", "operators", "largest result, MiB", "all results, MiB"):
+            table.add_column(column, justify="right")
+        for num_clips, num_samples in BATCHES:
+            counter = count(num_clips=num_clips, num_samples=num_samples)
+            figures = (f"{size / MIB:.2f}" for size in (counter.largest, counter.bytes_written))
+            table.add_row(f"{num_clips} x {num_samples}", str(counter.counts.total()), *figures)
+        Console(width=120).print(table)
+        for name, number in counter.counts.most_common(most):
+            Console().print(f"{number:6} {name}")
 
 
 if __name__ == "__main__":
