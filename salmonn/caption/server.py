@@ -302,7 +302,9 @@ class ServerCaptioner:
         self, request: CaptionRequest, clip: EncodedClip, *, span: tuple[float | None, float | None]
     ) -> ChatRequest:
         sampling = request.sampling or self.default_sampling()
-        parameters: dict[str, Any] = {"top_p": sampling.top_p} if sampling.temperature else {}
+        parameters = dict(self.options.server_parameters or {})
+        if sampling.temperature:
+            parameters["top_p"] = sampling.top_p
         if sampling.stop:
             parameters["stop"] = list(sampling.stop)
         if sampling.repetition_penalty is not None:

@@ -1,7 +1,7 @@
 """Options of captioning through an OpenAI-compatible server, read by command lines before anything slow is imported."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from salmonn.config import MAY_CHANGE
 from salmonn.media.frame_sampling import UniformSampler
@@ -10,6 +10,11 @@ from salmonn.score.config import LLMConfig
 # What a clip is sent as: the video file with its sound, the file and its sound as a WAV, or frames and the WAV.
 ServerInput = Literal["video", "video+audio", "frames"]
 TOKEN_CAP_FLAG = "--max-tokens-total"
+# Parameters that follow from options, and would be overwritten.
+_OWN_PARAMETERS = {
+    "model", "messages", "n", "seed", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "stream",
+    "logprobs", "top_logprobs", "repetition_penalty", "response_format",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class ServerOptions:
             frames, and takes the first that the server accepts and with which the model hears.
         server_frame_format: format of frames.
         server_max_pixels: maximum area of a frame in pixels.
+        server_parameters: further parameters of each request, as a JSON object, such as vLLM's
+            {"mm_processor_kwargs": {"use_audio_in_video": true}}.
         concurrency: maximum number of concurrent requests to the server; it is approached step by step.
         timeout_seconds: time limit per request to the server.
         retry_seconds: how long a request is retried while the server is busy, failing or unreachable.
@@ -38,6 +45,7 @@ class ServerOptions:
     server_input: Literal["auto", "video", "video+audio", "frames"] = "auto"
     server_frame_format: Literal["jpeg", "png"] = "jpeg"
     server_max_pixels: int = 200_704
+    server_parameters: dict[str, Any] | None = None
     concurrency: int = field(default=16, metadata=MAY_CHANGE)
     timeout_seconds: float = field(default=600.0, metadata=MAY_CHANGE)
     retry_seconds: float = field(default=600.0, metadata=MAY_CHANGE)
@@ -53,6 +61,8 @@ class ServerOptions:
             raise ValueError(
                 f"server_max_pixels must be at least {UniformSampler.min_pixels}, got {self.server_max_pixels}"
             )
+        if wrong := sorted(_OWN_PARAMETERS & set(self.server_parameters or {})):
+            raise ValueError(f"server_parameters has {', '.join(wrong)}, which other options set; leave it out there")
 
     def llm_config(self) -> LLMConfig:
         """Return the settings of the client; raises a ValueError if one is invalid."""

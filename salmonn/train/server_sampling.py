@@ -241,12 +241,8 @@ class ServerSampler:
         mine = shares[dist.rank()]
         todo = [index for index in mine if index not in finished]
         failures = list[str]()
-        with (
-            ClipReader(workers=self.config.workers) as reader,
-            tqdm(
-                total=len(mine), initial=len(mine) - len(todo), desc=name, unit="clip", disable=not dist.is_main()
-            ) as bar,
-        ):
+        bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=name, unit="clip", disable=not dist.is_main())
+        with ClipReader(workers=self.config.workers) as reader, bar:
             for index, result in self._answer_clips(generator, clips, todo, sampling, seed=seed, reader=reader):
                 bar.update()
                 if isinstance(result, Failure):
@@ -275,7 +271,9 @@ class ServerSampler:
         config, temperatures = self._processor.config, sampling.shares()
         size = sampling.num_samples // len(temperatures)
         asked = [(index, share) for index in indices for share in range(len(temperatures))]
-        penalty = sampling.repetition_penalty or config.repetition_penalty
+        penalty = sampling.repetition_penalty
+        if not generator.is_own and penalty is None and config.repetition_penalty != 1:
+            penalty = config.repetition_penalty  # the model's own, which other servers may not have
         requests = (
             CaptionRequest(
                 clips.root / clips.references[index].video,
@@ -284,7 +282,7 @@ class ServerSampler:
                     sampling,
                     temperature=temperatures[share],
                     temperatures=None,
-                    repetition_penalty=None if penalty == 1 or generator.is_own else penalty,
+                    repetition_penalty=penalty,
                 ),
                 modality=self._modality,
                 seed=seed * 1_000_003 + index + share * _SHARE_SEED_STEP,
@@ -315,8 +313,10 @@ class ServerSampler:
         if not adapters:
             yield self.config.server_model
             return
-        digest = hashlib.sha256(b"".join((one / ADAPTER_WEIGHTS_NAME).read_bytes() for one in adapters)).hexdigest()
-        name = f"{self._run}-{adapters[-1].parent.name}-{digest[:8]}"
+        digest = hashlib.sha256()
+        for adapter in adapters:
+            digest.update((adapter / ADAPTER_WEIGHTS_NAME).read_bytes())
+        name = f"{self._run}-{adapters[-1].parent.name}-{digest.hexdigest()[:8]}"
         model = ""
         if dist.is_main():
             with self._temporary_folder() as temporary:

@@ -84,11 +84,12 @@ def test_conversation_and_sampling(serve, videos):
     server = serve(scripted())
     schema = '{"type": "object"}'
     sampling = Sampling(0.7, 0.8, 20, repetition_penalty=1.1, stop=("END",), logprobs=3, json_schema=schema)
+    further = {"mm_processor_kwargs": {"fps": 2}}
     request = CaptionRequest(
         videos[0], "And now?", sampling, Span(2.0, 4.0), "visual", 7,
         history=[("", "A circle."), ("Where?", "Left.")], system="Be brief.", frames=FrameOptions(num_frames=80),
     )  # fmt: skip
-    ((caption,),) = open_captioner(server).generate([request])
+    ((caption,),) = open_captioner(server, server_parameters=further).generate([request])
     (sent,) = server.requests
     assert [message["role"] for message in sent["messages"]] == [
         "system",
@@ -108,8 +109,10 @@ def test_conversation_and_sampling(serve, videos):
     form = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": {"type": "object"}}}
     assert {name: value for name, value in sent.items() if name not in ("messages", "model")} == {
         "temperature": 0.7, "top_p": 0.8, "max_tokens": 20, "repetition_penalty": 1.1, "stop": ["END"], "seed": 7,
-        "logprobs": True, "top_logprobs": 3, "response_format": form,
+        "logprobs": True, "top_logprobs": 3, "response_format": form, **further,
     }  # fmt: skip
+    with pytest.raises(ValueError, match="server_parameters has seed, temperature, which other options set"):
+        open_captioner(server, server_parameters={"temperature": 1, "top_k": 5, "seed": 0})
     assert (caption.start_seconds, caption.end_seconds, caption.modality) == (2.0, 4.0, "visual")
 
 

@@ -79,6 +79,12 @@ def test_a_run_samples_through_the_service(server, launch, trained_model, sizes,
         assert len(set(texts[-1])) > 8 and {one.prompt for one in captions} == {prompt}
     base = sample_locally(model, path.parent, references, seed=2, prompt=prompt)
     assert sum(one != other for one, other in zip(texts[1], base, strict=True)) > 8
+    # Rebirth learns from greedy captions of the best round's model.
+    best = json.loads((out / "summary.json").read_text())["best"]
+    requests = [CaptionRequest(path.parent / one.video, prompt, Sampling(max_new_tokens=30)) for one in references]
+    greedy = Captioner.load(out / best / "merged").generate(requests)
+    captions = read_records(out / "rebirth" / "captions.jsonl", Caption)
+    assert [one.text for one in captions] == [one.text for (one,) in greedy]
     # The adapters are unloaded, and the settings say where captions come from.
     assert not list((tmp_path / "adapters").iterdir())
     models = httpx2.get(f"{server.url}/v1/models", trust_env=False).json()["data"]
