@@ -28,17 +28,17 @@ class AdapterLoader:
     """Loads adapters on the server of a client.
 
     Args:
-        client: client of the server; its address ends in /v1 for all servers with such routes.
-        base_name: name of the model without an adapter.
+        client: client of the model without an adapter; the address of servers with such routes ends in /v1.
 
     Attributes:
-        base_name: see above.
+        base_name: name of the model without an adapter.
         is_sglang: whether the server has SGLang's routes; None before the first adapter.
     """
 
-    def __init__(self, client: ChatClient, *, base_name: str) -> None:
+    def __init__(self, client: ChatClient) -> None:
         self.is_sglang: bool | None = None
-        self._client, self.base_name = client, base_name
+        self.base_name = client.config.model
+        self._client = client
         self._root = client.address.removesuffix("/v1")
 
     def load(self, name: str, folder: Path, *, rank: int) -> str:

@@ -149,7 +149,7 @@ class ServerSampler:
         self._run, self._overrides_frames = out.resolve().name, overrides_frames
         self._generator: ServerCaptioner | None = None
         self._is_own = False
-        self._loader: AdapterLoader | None = None
+        self._loader: AdapterLoader | None = None  # of rank 0
 
     def connect(self) -> ServerCaptioner:
         """Connect to the server and test it on rank 0, once.
@@ -159,32 +159,34 @@ class ServerSampler:
         """
         if self._generator:
             return self._generator
-        config, family = self.config, self._processor.family
+        config = self.config
         assert config.server_model
-        generator = ServerCaptioner(config, reader=self._reader)
-        loader = AdapterLoader(generator.client, base_name=config.server_model)
-        if dist.is_main():
-            try:
-                generator = connect_captioner(
-                    config, modality=self._modality, cuts_files=config.server_input == "auto", reader=self._reader
-                )
-            except ValueError as error:
-                raise ValueError(_with_own_flags(str(error))) from error
-            loader = AdapterLoader(generator.client, base_name=config.server_model)
-            if generator.is_own and self._overrides_frames:
-                raise ValueError(
-                    "frames changes which frames the model is trained on, and `salmonn serve` samples them by the "
-                    "model's own rule; remove frames, or sample without sampler.server"
-                )
-            self._is_own = generator.is_own
-            if self._max_rank:
-                self._test_adapters(generator, loader)
+        generator = self._connect_and_test() if dist.is_main() else ServerCaptioner(config, reader=self._reader)
         found = dist.gather([(generator.input, generator.is_own)])  # what rank 0 has found
         generator.input, generator.is_own = found[0]
-        generator.sampler, generator.accepts_empty = family.frame_sampler, True
-        self._generator, self._loader = generator, loader
+        generator.sampler, generator.accepts_empty = self._processor.family.frame_sampler, True
+        self._generator = generator
         if dist.is_main():
             log.info("captions are sampled by %s, which is sent %s", generator.name, generator.input)
+        return generator
+
+    def _connect_and_test(self) -> ServerCaptioner:
+        """Connect to the server on rank 0; raises as `connect`."""
+        config = self.config
+        try:
+            generator = connect_captioner(
+                config, modality=self._modality, cuts_files=config.server_input == "auto", reader=self._reader
+            )
+        except ValueError as error:
+            raise ValueError(_with_own_flags(str(error))) from error
+        if generator.is_own and self._overrides_frames:
+            raise ValueError(
+                "frames changes which frames the model is trained on, and `salmonn serve` samples them by the model's "
+                "own rule; remove frames, or sample without sampler.server"
+            )
+        self._is_own, self._loader = generator.is_own, AdapterLoader(generator.client)
+        if self._max_rank:
+            self._test_adapters(generator, self._loader)
         return generator
 
     def sample(
@@ -309,7 +311,7 @@ class ServerSampler:
     @contextmanager
     def _serve(self, adapters: Sequence[Path]) -> Iterator[str]:
         """Let the server have the sum of the adapters, and yield the name of the model with it."""
-        assert self.config.server_model and self._loader
+        assert self.config.server_model
         if not adapters:
             yield self.config.server_model
             return
@@ -318,7 +320,7 @@ class ServerSampler:
             digest.update((adapter / ADAPTER_WEIGHTS_NAME).read_bytes())
         name = f"{self._run}-{adapters[-1].parent.name}-{digest.hexdigest()[:8]}"
         model = ""
-        if dist.is_main():
+        if self._loader:  # on rank 0
             with self._temporary_folder() as temporary:
                 stacked = stack_adapters(adapters, temporary / "stacked", max_rank=self.config.max_rank)
                 self._publish(temporary / "stacked", self._folder / name)
@@ -332,7 +334,7 @@ class ServerSampler:
             model = self._loader.load(name, self._folder / name, rank=stacked.rank)
         yield dist.gather([model])[0]
         dist.barrier()
-        if dist.is_main():
+        if self._loader:
             self._loader.unload(name)
             shutil.rmtree(self._folder / name, ignore_errors=True)
 

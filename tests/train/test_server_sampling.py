@@ -15,13 +15,18 @@ import tenacity
 import torch
 from safetensors.torch import load_file
 
+from salmonn.caption import hearing, server_connection
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.hearing import write_probe_clips
+from salmonn.caption.processor import Processor
 from salmonn.caption.server_adapters import AdapterLoader
 from salmonn.media.clip import read_clip
+from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
 from salmonn.records import Caption, read_records
 from salmonn.score.chat_client import ChatClient, LLMStoppedError
 from salmonn.score.config import LLMConfig
+from salmonn.train import server_sampling
 from salmonn.train.sampling import SampleConfig
 from salmonn.train.server_sampling import SamplerConfig, ServerSampler
 from tests.caption.served_model import content_of, describe, images_of, sound_of
@@ -43,6 +48,18 @@ def clock(monkeypatch) -> FakeClock:
     monkeypatch.setattr(tenacity, "time", clock)
     monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
     return clock
+
+
+@pytest.fixture(scope="module")
+def probe_clips(tmp_path_factory) -> tuple[Path, Path]:
+    return write_probe_clips(tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture(autouse=True)
+def rendered_once(probe_clips, monkeypatch) -> None:
+    """Render the clips of the probes once."""
+    for module in (hearing, server_connection, server_sampling):
+        monkeypatch.setattr(module, "write_probe_clips", lambda folder: probe_clips)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +131,7 @@ def sampler_of(server: FakeLLMServer, model: Path, out: Path, **options) -> Serv
 
 def sampler_at(url: str, model: Path, out: Path, *, max_adapters: int = 2, **options) -> ServerSampler:
     config = SamplerConfig(url, "m", workers=0, **options)
-    processor = Captioner.load(model).processor
+    processor = Processor.load(model, config=load_config(model))
     return ServerSampler(config, processor, model=str(model), lora=LORA, max_adapters=max_adapters, out=out)
 
 
@@ -201,7 +218,7 @@ def test_a_stopped_run_resumes(serve, omni, rounds, clips, tmp_path, caplog):
     server, sampling = serve(scripted), replace(SAMPLING, temperatures=None, num_samples=2)
 
     def sample(**options):
-        sampler = sampler_of(server, omni, tmp_path, concurrency=1, **options)
+        sampler = sampler_of(server, omni, tmp_path, concurrency=1, server_frame_format="jpeg", **options)
         return sampler.sample(rounds[:1], clips, sampling, name="round_2", seed=1, folder=tmp_path / "round_2")
 
     with pytest.raises(LLMStoppedError, match="API key"):
@@ -265,7 +282,7 @@ def test_a_clip_that_the_server_rejects(serve, omni, clips, tmp_path):
             return Answer("maximum context length is 2048 tokens", status=400)
         return script(request, number)
 
-    sampler = sampler_of(serve(scripted), omni, tmp_path, max_adapters=0)
+    sampler = sampler_of(serve(scripted), omni, tmp_path, max_adapters=0, server_frame_format="jpeg")
     with pytest.raises(ValueError, match=r"does not caption 1 of 5 clips, first .*mp4: .*context length.* are kept"):
         sampler.sample([], clips, SAMPLING, name="round_1", seed=1, folder=tmp_path / "round_1")
     assert len(list((tmp_path / "round_1" / "captions.parts").glob("clip_*"))) == 4
@@ -296,13 +313,13 @@ def test_faults_of_the_load_route(serve, tmp_path, answer, message):
     server = serve(lambda request, number: answer)
     client = ChatClient(LLMConfig(model="m", base_url=server.url, retry_seconds=5), saved="")
     with pytest.raises(ValueError, match=message):
-        AdapterLoader(client, base_name="m").load("a", tmp_path, rank=48)
+        AdapterLoader(client).load("a", tmp_path, rank=48)
 
 
 def test_a_busy_server_loads_in_the_end_and_sglang_elsewhere(serve, tmp_path):
     answers = [Answer("busy", status=503), NOT_FOUND, Answer(body=b'{"success": true}'), Answer(body=b"{}")]
     server = serve(lambda request, number: answers[number])
-    loader = AdapterLoader(ChatClient(LLMConfig(model="m", base_url=server.url), saved=""), base_name="m")
+    loader = AdapterLoader(ChatClient(LLMConfig(model="m", base_url=server.url), saved=""))
     assert loader.load("a", tmp_path, rank=8) == "m:a" and loader.is_sglang
     loader.unload("a")
     assert server.paths == [
