@@ -9,7 +9,7 @@ import pytest
 from salmonn.cli.models import _measure
 from salmonn.model.families import PUBLISHED_CONFIGS
 from salmonn.model.families.catalog import SEE_ITS_PAGE, known_models
-from salmonn.train.memory import GIB
+from salmonn.model.memory import GIB
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

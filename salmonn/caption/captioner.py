@@ -3,8 +3,9 @@
 import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -12,7 +13,7 @@ from typing import TypedDict, Unpack
 import torch
 
 import salmonn.caption.auto_processor  # noqa: F401 - registers the processor with transformers
-from salmonn.caption.generate import generate
+from salmonn.caption.folder import TimedInputs, caption_clips, caption_in_shape
 from salmonn.caption.generator import (
     SHIPPED_MODEL,
     CaptionRequest,
@@ -20,26 +21,21 @@ from salmonn.caption.generator import (
     Sampling,
     SegmentResult,
     Span,
-    to_failure,
 )
-from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
+from salmonn.caption.limits import GPU_BATCH_SIZE, BatchLimits, measure_limits
+from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec
 from salmonn.caption.processor import Processor
-from salmonn.caption.prompt import Prompt, StopStrings
+from salmonn.caption.prompt import Prompt
+from salmonn.caption.scheduler import ScheduledSequence, Scheduler
 from salmonn.caption.segments import BoundsStore, SegmentRule
-from salmonn.caption.shape import Shape, shape_captions
-from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
-from salmonn.media.clip import Clip
+from salmonn.caption.shape import Shape
+from salmonn.caption.streaming import Completion, StreamingGenerator
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Network
 from salmonn.records import Caption, Failure, Modality, atomic_folder
 from salmonn.speech import SpeechEvent
-
-OUT_OF_MEMORY = (
-    "does not fit into GPU memory with the model: use a smaller batch_size, a part of the clip (start, end), or put "
-    "less of the model on this GPU (bits 8 or 4, device_map auto)"
-)
 
 
 class RequestOptions(TypedDict, total=False):
@@ -58,12 +54,19 @@ class RequestOptions(TypedDict, total=False):
     source: Path | None
 
 
-@dataclass(frozen=True)
-class _TimedInputs:
-    """The inputs of a clip, and its length in seconds."""
+@dataclass(eq=False, kw_only=True)
+class RequestedSequence(ScheduledSequence):
+    """One sample of a request; its group is the clip.
 
-    inputs: ClipInputs
-    seconds: float
+    Args:
+        index: number of the request.
+        request: request.
+        sample: number of the sample.
+    """
+
+    index: int
+    request: CaptionRequest
+    sample: int
 
 
 class Captioner:
@@ -169,69 +172,103 @@ class Captioner:
         requests: Sequence[CaptionRequest],
         *,
         clips: Sequence[ClipInputs | ClipFeatures] | None = None,
-        batch_size: int = 64,
+        limits: BatchLimits | None = None,
         on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Caption]]:
         """Return `num_samples` captions for each request.
 
-        Consecutive requests with equal sampling parameters are decoded together. A file, or a clip object, that occurs
-        in several of them (several questions about one video) is read and prefilled once.
+        A file, or a clip object, of successive requests with equal sampling parameters (several questions about one
+        video) is read and prefilled once.
 
         Args:
             requests: requests.
             clips: clip of each request, if it has been read or encoded before; then no file is opened.
-            batch_size: maximum number of sequences to decode together; the samples of a request are never split up.
+            limits: what is decoded together (default: 64 sequences; on a GPU, as many of them as fit into its memory).
+                The samples of a request are never split up.
             on_progress: called with the number of requests that have been completed since the last call.
 
         Raises:
             ClipError: a file cannot be read, or lacks the video or audio that the modality needs.
+            torch.OutOfMemoryError: a clip does not fit into memory even alone.
         """
-        captions: list[list[Caption]] = []
-        read: dict[tuple[Path, Span, Modality, FrameOptions | None], ClipInputs] = {}
-        for start, end in _batch_bounds(requests, batch_size):
-            batch = requests[start:end]
-            if clips is None:
-                keys = [(request.path, request.span, request.modality, request.frames) for request in batch]
-                # A file whose requests continue into the next batch is kept; the others are freed.
-                read = {
-                    key: read[key] if key in read else self._read(request)
-                    for key, request in dict(zip(keys, batch, strict=True)).items()
-                }
-                captions += self._generate_batch(batch, [read[key] for key in keys])
-            else:
-                captions += self._generate_batch(batch, clips[start:end])
-            if on_progress:
-                on_progress(len(batch))
-        return captions
+        if not requests:
+            return []
+        limits = limits or self.limits(GPU_BATCH_SIZE)
+        limits = replace(limits, num_rows=max(limits.num_rows, *(request.num_samples for request in requests)))
+        captions: list[dict[int, Caption]] = [{} for _ in requests]
+        for sequence, outcome in self.scheduler(limits).run(self.groups(requests, clips)):
+            if isinstance(outcome, Exception):
+                raise outcome
+            of_request = captions[sequence.index]
+            of_request[sequence.sample] = self.to_caption(sequence.request, outcome, sample=sequence.sample)
+            if on_progress and len(of_request) == sequence.request.num_samples:
+                on_progress(1)
+        return [[of_request[sample] for sample in sorted(of_request)] for of_request in captions]
 
-    def _generate_batch(
-        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs | ClipFeatures]
-    ) -> list[list[Caption]]:
-        """Answer requests with equal sampling parameters in one batch."""
-        num_samples = requests[0].num_samples
-        prompts = [self.resolve_prompt(request) for request in requests]
-        sampling = requests[0].sampling or self.default_sampling()
-        stops = StopStrings(self.processor.tokenizer, sampling.stop) if sampling.stop else None
-        generated = generate(
-            self.network,
-            collate(self.processor, clips, prompts).to(self.network.device),
-            sampling=sampling,
-            stop_ids=self.processor.stop_ids,
-            num_samples=num_samples,
-            seeds=[request.seed for request in requests],
-            has_ended=stops.has_ended if stops else None,
-            grammars=self.processor.json_grammars if sampling.json_schema is not None else None,
-        )
-        rows = iter(generated)
+    def groups(
+        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs | ClipFeatures] | None
+    ) -> Iterator[list[RequestedSequence]]:
+        """Yield the sequences of requests, those of successive requests about one clip together."""
+
+        def key(index: int) -> tuple[object, ...]:
+            one = requests[index]
+            return one.sampling, *((_file_key(one)) if clips is None else (id(clips[index]),))
+
+        clip: ClipInputs | ClipFeatures | None = None
+        last = None
+        for _, group in groupby(range(len(requests)), key=key):
+            indices = list(group)
+            first = requests[indices[0]]
+            if clips is not None:
+                clip = clips[indices[0]]
+            elif clip is None or last != _file_key(first):
+                clip, last = self._read(first), _file_key(first)
+            yield [one for index in indices for one in self.sequences(requests[index], clip, index=index)]
+
+    def sequences(
+        self, request: CaptionRequest, clip: ClipInputs | ClipFeatures, *, index: int
+    ) -> list[RequestedSequence]:
+        """Return the sequences of a request's samples, for a `scheduler`.
+
+        Args:
+            request: request.
+            clip: its clip.
+            index: number of the request.
+        """
+        prompt = self.resolve_prompt(request)
+        num_tokens = self.processor.count_tokens(clip, prompt)
         return [
-            [
-                self.to_caption(
-                    request, to_completion(self.processor, next(rows), clip.info, sampling=sampling), sample=sample
-                )
-                for sample in range(num_samples)
-            ]
-            for request, clip in zip(requests, clips, strict=True)
+            RequestedSequence(
+                group=clip,
+                clip=clip,
+                prompt=prompt,
+                sampling=request.sampling or self.default_sampling(),
+                seed=(request.seed, sample),
+                num_tokens=num_tokens,
+                index=index,
+                request=request,
+                sample=sample,
+            )
+            for sample in range(request.num_samples)
         ]
+
+    def limits(self, batch_size: int | None = None) -> BatchLimits:
+        """Return what can be decoded together.
+
+        Args:
+            batch_size: maximum number of sequences (default: the model's; on a GPU at least 64). On a GPU there are
+                fewer where their KV cache does not fit into the memory that is free now.
+
+        Raises:
+            ValueError: the batch size is below 1.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        return measure_limits(self.network, batch_size=batch_size, default=self.processor.config.batch_size)
+
+    def scheduler(self, limits: BatchLimits) -> Scheduler[RequestedSequence]:
+        """Return a scheduler with an empty batch, which decodes whole completions."""
+        return Scheduler(partial(StreamingGenerator, self.network, self.processor, whole=True), limits=limits)
 
     def caption_many(
         self,
@@ -269,7 +306,7 @@ class Captioner:
         reader: ClipReader | None = None,
         shape: Shape | None = None,
     ) -> Iterator[list[SegmentResult]]:
-        """Like `caption_many`, for any number of requests, which are taken a few batches ahead.
+        """Like `caption_many`, for any number of requests, which are taken as there is room for them.
 
         Args:
             requests: requests with one sample each, possibly endless.
@@ -278,11 +315,9 @@ class Captioner:
             batch_size, reader, shape: see `caption_many`.
 
         Yields:
-            The results of each batch, in the order of reading.
+            The results that became ready together, in any order.
         """
-        batch_size = self.processor.config.batch_size if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        limits = self.limits(batch_size)
 
         def jobs() -> Iterator[ClipJob]:
             for index, request in enumerate(requests):
@@ -293,83 +328,13 @@ class Captioner:
 
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
-            batches = reader.batches(jobs(), size=batch_size, finish=self._timed_inputs, segments=segments, store=store)
-            for batch in batches:
-                yield self._caption_jobs(batch, shape=shape)
-
-    def _timed_inputs(self, clip: Clip) -> _TimedInputs:
-        return _TimedInputs(self.processor.clip_inputs(clip), clip.duration_seconds)
-
-    def _caption_jobs(
-        self, batch: Sequence[ReadResult[_TimedInputs]], *, shape: Shape | None = None
-    ) -> list[SegmentResult]:
-        """Caption the clips of a batch that could be read."""
-        readable = [(job.request, clip) for job, clip in batch if not isinstance(clip, ValueError)]
-        requests, inputs = [request for request, _ in readable], [clip.inputs for _, clip in readable]
-        if shape is None:
-            captions = iter(self._generate_or_error(requests, inputs))
-        else:
-            captions = iter(self._shape_clips(requests, [clip for _, clip in readable], shape))
-        results: list[Caption | Failure] = []
-        for job, clip in batch:
-            if isinstance(clip, ValueError):
-                results.append(to_failure(job.request, str(clip), stage="read"))
-                continue
-            caption = next(captions)
-            if isinstance(caption, str):
-                results.append(to_failure(job.request, f"{job.request.path}: {caption}", stage="caption"))
+            read = partial(TimedInputs.of, self.processor)
+            if shape is None:
+                clips = reader.clips(jobs(), size=limits.num_rows, finish=read, segments=segments, store=store)
+                yield from caption_clips(self, clips, limits=limits)
             else:
-                results.append(caption)
-        return [
-            SegmentResult(job.index, job.num_segments, result) for (job, _), result in zip(batch, results, strict=True)
-        ]
-
-    def _shape_clips(
-        self, requests: Sequence[CaptionRequest], clips: Sequence[_TimedInputs], shape: Shape
-    ) -> list[Caption | str]:
-        """Return captions in a shape, or error messages; the encoders run once for all questions about a clip."""
-        held: Sequence[ClipInputs | ClipFeatures] = [clip.inputs for clip in clips]
-        if shape.may_ask_again:
-            # Clips that do not fit into memory together are encoded with each question, one by one.
-            with suppress(torch.OutOfMemoryError):
-                held = self.encode([clip.inputs for clip in clips])
-
-        def answer(asked: Sequence[tuple[int, CaptionRequest]]) -> list[Caption | str]:
-            errors = [self._prompt_error(request) for _, request in asked]
-            usable = [one for one, error in zip(asked, errors, strict=True) if error is None]
-            answers = iter(self._generate_or_error([one for _, one in usable], [held[index] for index, _ in usable]))
-            return [next(answers) if error is None else error for error in errors]
-
-        asked = [replace(one, prompt=one.prompt or self.default_prompt(one.modality)) for one in requests]
-        return shape_captions(
-            shape, [(one, clip.seconds) for one, clip in zip(asked, clips, strict=True)], answer=answer
-        )
-
-    def _prompt_error(self, request: CaptionRequest) -> str | None:
-        """Return what is wrong with a prompt, whose fields may hold any text."""
-        try:
-            self.processor.check_prompt(self.resolve_prompt(request))
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _generate_or_error(
-        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs | ClipFeatures]
-    ) -> list[Caption | str]:
-        """Return captions or error messages; clips that do not fit into memory together are retried one by one."""
-        try:
-            batches = self.generate(requests, clips=clips, batch_size=max(len(requests), 1))
-            return [caption for (caption,) in batches]
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-        # Not in the handler, where the traceback still holds the tensors.
-        if len(requests) == 1:
-            return [f"{OUT_OF_MEMORY} ({reason})"]
-        return [
-            caption
-            for request, clip in zip(requests, clips, strict=True)
-            for caption in self._generate_or_error([request], [clip])
-        ]
+                batches = reader.batches(jobs(), size=limits.num_rows, finish=read, segments=segments, store=store)
+                yield from (caption_in_shape(self, batch, shape) for batch in batches)
 
     @torch.no_grad()
     def encode(
@@ -452,11 +417,6 @@ class Captioner:
         return self.processor.clip_inputs(self.read_spec(request).read(request.path))
 
 
-def _batch_bounds(requests: Sequence[CaptionRequest], batch_size: int) -> Iterator[tuple[int, int]]:
-    """Cut requests into batches of equal sampling parameters and at most `batch_size` sequences."""
-    start = 0
-    for (_, num_samples), group in groupby(requests, key=lambda request: (request.sampling, request.num_samples)):
-        end = start + len(list(group))
-        step = max(1, batch_size // num_samples)
-        yield from ((first, min(first + step, end)) for first in range(start, end, step))
-        start = end
+def _file_key(request: CaptionRequest) -> tuple[object, ...]:
+    """Return what is read for a request."""
+    return request.path, request.span, request.modality, request.frames

@@ -16,19 +16,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from salmonn.caption.captioner import OUT_OF_MEMORY, Captioner
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.clip_cache import ClipCache, ClipKey
-from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipReader, LimitedReadSpec, ReadSpec
 from salmonn.caption.prompt import Prompt
+from salmonn.caption.scheduler import OUT_OF_MEMORY, ScheduledSequence, Scheduler, memory_error
 from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip
 from salmonn.model.adapters import Adapter, MergedAdapter
@@ -94,20 +92,13 @@ class GenerationHandle:
             self._on_event(sample, event)
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """One sample of a request, in the queue or in the batch; `num_tokens` counts those of clip and prompt."""
+@dataclass(eq=False, kw_only=True)
+class _Sequence(ScheduledSequence):
+    """One sample of a request; its group is the request's handle."""
 
     handle: GenerationHandle
     sample: int
-    clip: ClipInputs | ClipFeatures
-    prompt: Prompt
-    sampling: Sampling
-    seed: int
-    num_tokens: int
-    num_generated: int = 0
     was_delivered: bool = False  # whether the client has received text
-    must_run_alone: bool = False  # after it did not fit into memory beside others
 
 
 class Engine:
@@ -123,7 +114,6 @@ class Engine:
 
     Attributes:
         num_answered, num_failed, num_cancelled: numbers of requests so far.
-        num_prefills: number of prefills so far, each of one or more prompts.
         failure: type of the error of the last prefill or decode step; None if it succeeded.
     """
 
@@ -140,24 +130,33 @@ class Engine:
         self.captioner = captioner
         self.reader = reader
         self.max_waiting = max_waiting
-        self.batch_size = captioner.processor.config.batch_size if batch_size is None else batch_size
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.max_seconds = max_seconds
         self._cache = ClipCache(feature_cache_bytes)
-        self.num_answered = self.num_failed = self.num_cancelled = self.num_prefills = 0
+        self.num_answered = self.num_failed = self.num_cancelled = 0
         self.failure: str | None = None
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards the two below, and the queue of the scheduler
         self._active: set[GenerationHandle] = set()
-        self._queue: list[_Sequence] = []
         self._is_closing = False
         self._is_aborted = threading.Event()
-        # Used by the model thread alone.
+        # Except for the queue of the scheduler, used by the model thread alone.
         self._weights = MergedAdapter(captioner.network)
-        self._batch = captioner.streaming_generator()
-        self._running: dict[int, _Sequence] = {}  # by row number of the batch
+        self._scheduler = Scheduler[_Sequence](captioner.streaming_generator, limits=captioner.limits(batch_size))
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
+
+    @property
+    def batch_size(self) -> int:
+        """Maximum number of sequences in the batch."""
+        return self._scheduler.limits.num_rows
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self._scheduler.limits = replace(self._scheduler.limits, num_rows=size)
+
+    @property
+    def num_prefills(self) -> int:
+        """Number of prefills so far, each of one or more prompts."""
+        return self._scheduler.num_prefills
 
     @property
     def num_active(self) -> int:
@@ -169,7 +168,7 @@ class Engine:
     def num_waiting(self) -> int:
         """Number of samples in the queue, whose files are read."""
         with self._changed:
-            return len(self._queue)
+            return len(self._scheduler.waiting)
 
     def stream(self, request: CaptionRequest) -> Iterator[TextDelta]:
         """Yield the text deltas of a request for one sample; closing the iterator cancels the request.
@@ -316,8 +315,18 @@ class Engine:
         clip, handle.num_prompt_tokens = reading.result()
         sampling = request.sampling or self.captioner.default_sampling()
         with self._changed:
-            self._queue += [
-                _Sequence(handle, sample, clip, prompt, sampling, request.seed + sample, handle.num_prompt_tokens)
+            self._scheduler.waiting += [
+                _Sequence(
+                    group=handle,
+                    clip=clip,
+                    prompt=prompt,
+                    sampling=sampling,
+                    seed=request.seed + sample,
+                    num_tokens=handle.num_prompt_tokens,
+                    weights=handle.adapter,
+                    handle=handle,
+                    sample=sample,
+                )
                 for sample in range(request.num_samples)
             ]
             self._changed.notify_all()
@@ -344,51 +353,24 @@ class Engine:
     # The methods below run in the model thread.
 
     def _run(self) -> None:
-        while (admitted := self._admit()) or self._running:
+        while (admitted := self._admit()) or self._scheduler.running:
             if admitted:
                 self._prefill(admitted)
-            if self._running:
+            if self._scheduler.running:
                 self._decode_step()
 
     def _admit(self) -> list[_Sequence]:
         """Take sequences to prefill from the queue; if the batch is empty, wait for some. Returns none at the end."""
+        scheduler = self._scheduler
         with self._changed:
             while not self._is_aborted.is_set():
-                self._queue = [sequence for sequence in self._queue if not sequence.handle.is_done]
-                if self._queue or self._running:
-                    admitted = self._schedule() if self._queue else []
-                    self._queue = [sequence for sequence in self._queue if sequence not in admitted]
-                    return admitted
+                scheduler.waiting = [sequence for sequence in scheduler.waiting if not sequence.handle.is_done]
+                if scheduler.waiting or scheduler.running:
+                    return scheduler.admit(chunk_tokens=self.captioner.network.prefill_chunk_tokens)
                 if self._is_closing and not self._active:
                     break
                 self._changed.wait()
         return []
-
-    def _schedule(self) -> list[_Sequence]:
-        """Choose sequences of the queue for the next prefill: the oldest, and others with its sampling parameters.
-
-        They must fit into the batch. While others are decoding, which a prefill interrupts, no more are chosen than one
-        prefill chunk takes. All samples of a request are admitted together, since they share their prefix.
-        """
-        first, admitted, num_tokens = self._queue[0], list[_Sequence](), 0
-        if first.must_run_alone or any(sequence.must_run_alone for sequence in self._running.values()):
-            return [] if self._running else [first]
-        adapter = first.handle.adapter
-        if self._running and adapter is not self._weights.current:
-            return []
-        num_free = self.batch_size - len(self._running)
-        compatible = (one for one in self._queue if one.sampling == first.sampling and one.handle.adapter is adapter)
-        for _, group in groupby(compatible, key=lambda sequence: id(sequence.handle)):
-            samples = list(group)
-            num_tokens += samples[0].num_tokens
-            is_too_long = bool(self._running and admitted) and num_tokens > self.captioner.network.prefill_chunk_tokens
-            # A request with more samples than the batch size is admitted in parts, when the batch is empty.
-            num_needed = min(len(samples), self.batch_size)
-            is_too_wide = bool(self._running or admitted) and num_needed > num_free - len(admitted)
-            if is_too_long or is_too_wide:
-                break
-            admitted += samples[: num_free - len(admitted)]
-        return admitted
 
     def _prefill(self, admitted: Sequence[_Sequence]) -> None:
         """Prefill the prompts of sequences and add them to the batch."""
@@ -396,18 +378,9 @@ class Engine:
         def prefill() -> None:
             self._weights.use(admitted[0].handle.adapter)  # changes them only while nothing else is in the batch
             self._encode(admitted)
-            rows = self._batch.add(
-                [sequence.clip for sequence in admitted],
-                [sequence.prompt for sequence in admitted],
-                sampling=admitted[0].sampling,
-                seeds=[sequence.seed for sequence in admitted],
-            )
-            self._running |= dict(zip(rows, admitted, strict=True))
+            self._scheduler.prefill(admitted)
 
-        self.num_prefills += 1
-        if not self._running:  # a new batch, so that nothing of the previous sequences stays in memory
-            self._batch = self.captioner.streaming_generator()
-        is_alone = len(admitted) == 1 and not self._running
+        is_alone = len(admitted) == 1 and not self._scheduler.running
         if self._attempt(prefill, admitted) == "out of memory":
             self._retry_one_by_one(admitted, is_alone=is_alone)
 
@@ -424,38 +397,30 @@ class Engine:
 
     def _decode_step(self) -> None:
         """Evict cancelled sequences, generate one token for each of the others, and deliver the new text."""
-        cancelled = {row for row, sequence in self._running.items() if sequence.handle.is_done}
-        self._running = {row: sequence for row, sequence in self._running.items() if row not in cancelled}
-        sequences = list(self._running.values())
+        scheduler = self._scheduler
+        scheduler.cancel([sequence for sequence in scheduler.running.values() if sequence.handle.is_done])
+        sequences = list(scheduler.running.values())
         if self._is_aborted.is_set():
-            self._running = {}
+            scheduler.clear()
             self._fail_all(sequences, Overloaded(SHUTTING_DOWN))
             return
-        outcome = self._attempt(lambda: self._postprocess(self._batch.step(cancelled)), sequences)
+        outcome = self._attempt(lambda: self._postprocess(sequences, scheduler.step()), sequences)
         if outcome != "done":
-            self._running, self._batch = {}, self.captioner.streaming_generator()  # frees the KV cache
+            scheduler.clear()
         if outcome == "out of memory":
             self._retry_one_by_one(sequences, is_alone=len(sequences) == 1)
 
     def _attempt(
         self, work: Callable[[], object], sequences: Sequence[_Sequence]
     ) -> Literal["done", "failed", "out of memory"]:
-        """Run work of the model; an error other than out of memory ends the sequences.
-
-        The traceback, which holds tensors, is freed on return.
-        """
+        """Run work of the model; an error other than out of memory ends the sequences."""
         try:
-            work()
-        except torch.OutOfMemoryError as error:
-            # As text, since a log handler may keep its arguments.
-            logger.warning("out of memory with %d sequences: %s", len(sequences), str(error))
-            return "out of memory"
+            return "out of memory" if memory_error(work, num_rows=len(sequences)) else "done"
         except Exception as error:
             logger.exception("the model failed")
             self.failure = type(error).__name__  # its message may reveal details of this machine
             self._fail_all(sequences, ModelFailedError(f"the model failed ({self.failure}); see the server's log"))
             return "failed"
-        return "done"
 
     def _retry_one_by_one(self, sequences: Sequence[_Sequence], *, is_alone: bool) -> None:
         """Requeue sequences that do not fit into memory together, to run alone; fail those for which that is no use."""
@@ -467,28 +432,22 @@ class Engine:
         self._fail_all(delivered, OutOfMemoryDuringBatch("the GPU ran out of memory; try again later"))
         retried = [sequence for sequence in sequences if not sequence.handle.is_done]
         for sequence in retried:
-            sequence.must_run_alone = True
             sequence.handle.num_completion_tokens -= sequence.num_generated
-            sequence.num_generated = 0
         with self._changed:
-            self._queue = [*retried, *self._queue]
+            self._scheduler.retry_alone(retried)
 
-    def _postprocess(self, deltas: dict[int, TextDelta]) -> None:
-        """Count the tokens of a decode step, deliver its text, and remove sequences that have ended."""
-        for sequence in self._running.values():
-            sequence.num_generated += 1
+    def _postprocess(self, sequences: Sequence[_Sequence], deltas: Sequence[tuple[_Sequence, TextDelta]]) -> None:
+        """Count the tokens of a decode step, and deliver its text."""
+        for sequence in sequences:
             sequence.handle.num_completion_tokens += 1
             if sequence.num_generated == 1:  # only a first token shows that a prefill succeeded
                 self.failure = None
-        for row, delta in deltas.items():
-            sequence = self._running[row]
-            handle, has_ended = sequence.handle, delta.completion is not None
-            if has_ended:
-                del self._running[row]
+        for sequence, delta in deltas:
+            handle = sequence.handle
             with self._changed:
                 if handle.is_done:
                     continue
-                handle.num_unfinished -= has_ended
+                handle.num_unfinished -= delta.completion is not None
                 if not handle.num_unfinished:
                     self.num_answered += 1
                     self._remove(handle)

@@ -5,7 +5,6 @@ its own, so that it does not depend on the other rows of the batch, which may co
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from itertools import compress, starmap
 from typing import NamedTuple
 
@@ -97,7 +96,12 @@ class DecodeBatch:
 
     @torch.no_grad()
     def add(
-        self, inputs: ModelInputs, *, sampling: Sampling, num_samples: int = 1, seeds: Sequence[int] | None = None
+        self,
+        inputs: ModelInputs,
+        *,
+        sampling: Sampling,
+        num_samples: int = 1,
+        seeds: Sequence[int | tuple[int, int]] | None = None,
     ) -> range:
         """Prefill prompts and add them to the batch; if that fails, the batch is unchanged.
 
@@ -105,19 +109,12 @@ class DecodeBatch:
             inputs: B prompts, padded on the right.
             sampling: sampling parameters.
             num_samples: number N of samples per prompt.
-            seeds: (B,) random seeds; not needed for greedy decoding.
+            seeds: (B,) random seeds, or seeds with the number of the first sample; not needed for greedy decoding.
 
         Returns:
             B * N row numbers, which `step` uses; the samples of a prompt in succession.
         """
-        inputs = replace(
-            inputs,
-            input_ids=inputs.input_ids.repeat_interleave(num_samples, dim=0),
-            attention_mask=inputs.attention_mask.repeat_interleave(num_samples, dim=0),
-            position_ids=inputs.position_ids.repeat_interleave(num_samples, dim=1),
-            labels=inputs.labels.repeat_interleave(num_samples, dim=0),
-            clip_index=tuple(clip for clip in inputs.clip_index for _ in range(num_samples)),
-        )
+        inputs = inputs.select([row for row in range(len(inputs.input_ids)) for _ in range(num_samples)])
         constraints = self._constraints(len(inputs.input_ids), sampling)
         logits, cache, order = self.network.prefill(inputs)
         uniforms = _uniform_numbers(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
@@ -382,15 +379,17 @@ def _repetition_penalty(
     return _RepetitionPenalty(penalty, torch.cat([history, within.where(within >= 0, ids[:, :1])], dim=1))
 
 
-def _uniform_numbers(seeds: Sequence[int] | None, *, num_samples: int, num_rows: int, sampling: Sampling) -> Tensor:
+def _uniform_numbers(
+    seeds: Sequence[int | tuple[int, int]] | None, *, num_samples: int, num_rows: int, sampling: Sampling
+) -> Tensor:
     """Return (B * N, L) uniform random numbers, one for each token of each sample."""
     if not sampling.temperature:
         return torch.zeros(num_rows, 1).expand(-1, sampling.max_new_tokens)
     assert seeds is not None and len(seeds) * num_samples == num_rows
     # NumPy, since its shorter sequence is a prefix of the longer one with the same seed; torch does not promise that.
     numbers = [
-        np.random.default_rng([seed % (1 << 64), sample]).random(sampling.max_new_tokens, dtype=np.float32)
-        for seed in seeds
+        np.random.default_rng([seed % (1 << 64), first + sample]).random(sampling.max_new_tokens, dtype=np.float32)
+        for seed, first in (one if isinstance(one, tuple) else (one, 0) for one in seeds)
         for sample in range(num_samples)
     ]
     return torch.from_numpy(np.stack(numbers))

@@ -17,6 +17,7 @@ from salmonn.speech import SpeechEvent, describe_speech
 
 if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner
+    from salmonn.caption.limits import BatchLimits
     from salmonn.caption.loader import ClipReader
     from salmonn.caption.segments import BoundsStore, SegmentRule
     from salmonn.caption.shape import Shape
@@ -183,18 +184,22 @@ class CachedGenerator:
     Args:
         captioner: local model.
         clips: inputs or cached features of each path that will be requested, whole and in all modalities.
-        batch_size: maximum number of sequences to decode together.
+        limits: what is decoded together, see `Captioner.generate`.
     """
 
     def __init__(
-        self, captioner: "Captioner", clips: Mapping[Path, "ClipInputs | ClipFeatures"], *, batch_size: int = 64
+        self,
+        captioner: "Captioner",
+        clips: Mapping[Path, "ClipInputs | ClipFeatures"],
+        *,
+        limits: "BatchLimits | None" = None,
     ) -> None:
         self.name = captioner.name
         self._captioner = captioner
         self._clips = clips
-        self._batch_size = batch_size
+        self._limits = limits
 
     def generate(self, requests: Sequence[CaptionRequest]) -> list[list[Caption]]:
         """See `Generator`."""
         clips = [self._clips[request.path] for request in requests]
-        return self._captioner.generate(requests, clips=clips, batch_size=self._batch_size)
+        return self._captioner.generate(requests, clips=clips, limits=self._limits)

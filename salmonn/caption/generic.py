@@ -7,7 +7,7 @@ time, without shared prefixes. Such a model cannot be trained.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -17,21 +17,23 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 from transformers.video_utils import VideoMetadata
 
-from salmonn.caption.captioner import Captioner, RequestOptions
+from salmonn.caption.captioner import Captioner, RequestedSequence, RequestOptions
 from salmonn.caption.generate import SampledToken, with_logprobs
-from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.caption.hearing import probe_hearing
+from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
-from salmonn.caption.streaming import to_completion
+from salmonn.caption.scheduler import OUT_OF_MEMORY, Scheduler, memory_error
+from salmonn.caption.streaming import Completion, to_completion
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import BudgetSampler
 from salmonn.model.config import SalmonnConfig
-from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs
+from salmonn.model.layout import ClipInfo, ClipInputs
 from salmonn.model.loading import Placement, read_model_type
-from salmonn.records import Caption, Modality
+from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 1024
@@ -107,6 +109,10 @@ class GenericProcessor(Processor):
         modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
         return cast(ClipInputs, GenericClip(clip, ClipInfo(modality, clip.is_complete, clip.warnings)))
 
+    def count_tokens(self, clip: Any, prompt: Prompt) -> int:
+        """Return 0: the number is only known once the model's processor has converted the clip."""
+        return 0
+
     def model_inputs(self, clip: Clip, prompt: Prompt) -> Any:
         """Convert a clip and a conversation about it to the model's inputs, a batch of one."""
         content: list[dict[str, str]] = []
@@ -172,39 +178,31 @@ class GenericCaptioner(Captioner):
         """Return the clips: the model encodes them with each question."""
         return list(clips)
 
-    def _generate_batch(self, requests: Sequence[CaptionRequest], clips: Sequence[Any]) -> list[list[Caption]]:
-        """Answer requests one by one."""
-        return [self._generate_one(request, clip) for request, clip in zip(requests, clips, strict=True)]
+    def limits(self, batch_size: int | None = None) -> BatchLimits:
+        """See `Captioner`; one sequence at a time."""
+        return replace(super().limits(batch_size), num_rows=1, num_tokens=None)
 
-    def _generate_or_error(
-        self, requests: Sequence[CaptionRequest], clips: Sequence[ClipInputs | ClipFeatures]
-    ) -> list[Caption | str]:
-        """Return captions or error messages; a clip on which the model's code fails does not affect the others."""
-        results: list[Caption | str] = []
-        for request, clip in zip(requests, clips, strict=True):
-            try:
-                results += super()._generate_or_error([request], [clip])
-            except ModelCodeError as error:
-                results.append(str(error))
-        return results
+    def scheduler(self, limits: BatchLimits) -> "Scheduler[RequestedSequence]":
+        """See `Captioner`."""
+        return _OneByOne(self, limits=limits)
 
-    def _generate_one(self, request: CaptionRequest, clip: GenericClip) -> list[Caption]:
-        sampling = request.sampling or self.default_sampling()
+    def complete(self, sequence: RequestedSequence) -> Completion:
+        """Generate one sample.
+
+        Raises:
+            ModelCodeError: the model's code fails on the clip.
+        """
+        sampling, clip = sequence.sampling, cast(GenericClip, sequence.clip)
         model = cast(Any, self.network)
-        prompt, options = self.resolve_prompt(request), _to_options(sampling, self.processor.tokenizer)
-        with self._model_code():
-            inputs = self.processor.model_inputs(clip.clip, prompt).to(model.device, model.dtype)
-        captions = []
-        for sample in range(request.num_samples):
-            # Transformers samples with the global generators.
-            with torch.random.fork_rng(), torch.no_grad(), self._model_code():
-                torch.manual_seed(hash((request.seed, sample)) % (1 << 63))
-                output = model.generate(**inputs, **options)
-            tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
-            sampled = _sampled_tokens(tokens, output.logits, sampling)
-            completion = to_completion(self.processor, sampled, clip.info, sampling=sampling)
-            captions.append(self.to_caption(request, completion, sample=sample))
-        return captions
+        options = _to_options(sampling, self.processor.tokenizer)
+        # Transformers samples with the global generators.
+        with torch.random.fork_rng(), torch.no_grad(), self._model_code():
+            inputs = self.processor.model_inputs(clip.clip, sequence.prompt).to(model.device, model.dtype)
+            torch.manual_seed(hash(sequence.seed) % (1 << 63))
+            output = model.generate(**inputs, **options)
+        tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
+        sampled = _sampled_tokens(tokens, output.logits, sampling)
+        return to_completion(self.processor, sampled, clip.info, sampling=sampling)
 
     @contextmanager
     def _model_code(self) -> Iterator[None]:
@@ -216,6 +214,30 @@ class GenericCaptioner(Captioner):
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelCodeError(f"the code of {self.name} in transformers fails on this clip ({reason})") from error
+
+
+class _OneByOne(Scheduler[RequestedSequence]):
+    """Completes one sequence after the other; an error of the model's code ends only the sequence."""
+
+    def __init__(self, captioner: GenericCaptioner, *, limits: BatchLimits) -> None:
+        super().__init__(captioner.streaming_generator, limits=limits)
+        self._captioner = captioner
+
+    @property
+    def has_room(self) -> bool:
+        """See `Scheduler`."""
+        return not self.waiting
+
+    def advance(self) -> list[tuple[RequestedSequence, Completion | Exception]]:
+        """See `Scheduler`; completes the first sequence."""
+        sequence, completions = self.waiting.pop(0), list[Completion]()
+        try:
+            reason = memory_error(lambda: completions.append(self._captioner.complete(sequence)), num_rows=1)
+        except ModelCodeError as error:
+            return [(sequence, error)]
+        if reason:
+            return [(sequence, torch.OutOfMemoryError(f"{OUT_OF_MEMORY} ({reason})"))]
+        return [(sequence, completions[0])]
 
 
 def _to_options(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:

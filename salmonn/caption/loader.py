@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -294,7 +294,26 @@ class ClipReader:
             Batches of (job, result of `finish`, or the error).
         """
         plan = self._plan(jobs, size=size, segments=segments, store=store)
-        num_ahead = max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size))
+        return self._read_ahead(plan, finish, num_ahead=max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size)))
+
+    def clips(
+        self,
+        jobs: Iterable[ClipJob],
+        *,
+        size: int,
+        finish: Callable[[Clip], Result],
+        segments: SegmentRule | None = None,
+        store: BoundsStore | None = None,
+    ) -> Iterator[ReadResult[Result]]:
+        """Like `batches`, one clip after the other; as many are read ahead as a batch has, or keep the workers busy."""
+        plan = ([job] for batch in self._plan(jobs, size=size, segments=segments, store=store) for job in batch)
+        num_ahead = max(BATCHES_AHEAD, size, self._num_workers + 1)
+        return chain.from_iterable(self._read_ahead(plan, finish, num_ahead=num_ahead))
+
+    def _read_ahead(
+        self, plan: Iterator[list[ClipJob]], finish: Callable[[Clip], Result], *, num_ahead: int
+    ) -> Iterator[list[ReadResult[Result]]]:
+        """Read the files of a plan, the given number of its lists ahead."""
 
         def start(count: int) -> Iterator[list[tuple[ClipJob, Future[Result]]]]:
             for batch in islice(plan, count):

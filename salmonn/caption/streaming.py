@@ -50,10 +50,12 @@ class StreamingGenerator:
     Args:
         network: network in evaluation mode.
         processor: processor of the same model.
+        whole: yield only whole completions, without the work of converting each token to text.
     """
 
-    def __init__(self, network: Network, processor: Processor) -> None:
+    def __init__(self, network: Network, processor: Processor, *, whole: bool = False) -> None:
         self._processor = processor
+        self._whole = whole
         self._device = network.device
         self._batch = DecodeBatch(network, stop_ids=processor.stop_ids)
         self._texts: dict[int, _PartialText] = {}
@@ -68,7 +70,7 @@ class StreamingGenerator:
         prompts: Sequence[str | Prompt],
         *,
         sampling: Sampling,
-        seeds: Sequence[int],
+        seeds: Sequence[int | tuple[int, int]],
     ) -> range:
         """Prefill B prompts and add them to the batch; if that fails, the batch is unchanged.
 
@@ -76,7 +78,7 @@ class StreamingGenerator:
             clips: (B,) clips; one that occurs several times is prefilled once for all its prompts.
             prompts: (B,) prompts.
             sampling: sampling parameters.
-            seeds: (B,) random seeds.
+            seeds: (B,) random seeds, or seeds with the numbers of samples.
 
         Returns:
             B row numbers, which `step` uses.
@@ -107,7 +109,8 @@ class StreamingGenerator:
             text = self._texts[row]
             text.tokens.append(token)
             has_ended = token.id in self._processor.stop_ids or len(text.tokens) == text.sampling.max_new_tokens
-            added = "" if has_ended else text.detokenizer.add(token.id)
+            is_needed = not self._whole or bool(text.sampling.stop)
+            added = text.detokenizer.add(token.id) if is_needed and not has_ended else ""
             if text.detokenizer.is_stopped:
                 self._stopped.add(row)
                 has_ended = True
@@ -115,7 +118,7 @@ class StreamingGenerator:
             if has_ended:
                 completion = to_completion(self._processor, text.tokens, text.clip, sampling=text.sampling)
                 added += text.detokenizer.finalize(completion.text)
-            if added or completion:
+            if completion or (added and not self._whole):
                 deltas[row] = TextDelta(added, completion, text.take_tokens())
         return deltas
 
@@ -143,15 +146,21 @@ def collate(
     """Collate prompts[i] about clips[i]; a clip that occurs several times is included once."""
     unique = {id(clip): clip for clip in clips}
     index = {key: number for number, key in enumerate(unique)}
-    rows = []
+    rows: dict[tuple[int, int | str], PromptRow] = {}
+    keys = []
     for clip, given in zip(clips, prompts, strict=True):
-        prompt = Prompt(given) if isinstance(given, str) else given
-        rows.append(
-            PromptRow(
+        # Samples have the same prompt: a clip may have 40,000 tokens, and is converted once.
+        keys.append((id(clip), given if isinstance(given, str) else id(given)))
+        if keys[-1] not in rows:
+            prompt = Prompt(given) if isinstance(given, str) else given
+            rows[keys[-1]] = PromptRow(
                 index[id(clip)], prompt.text, history=prompt.history, system=prompt.system, clip_turn=prompt.clip_turn
             )
-        )
-    return processor.collate(rows, list(unique.values()))
+    inputs = processor.collate(list(rows.values()), list(unique.values()))
+    if len(rows) == len(keys):
+        return inputs
+    numbers = {key: number for number, key in enumerate(rows)}
+    return inputs.select([numbers[key] for key in keys])
 
 
 def to_completion(

@@ -33,7 +33,7 @@ def run_models(values: Namespace) -> int:
         from rich.console import Console
 
         from salmonn.model.families.catalog import known_models
-        from salmonn.train.memory import GIB
+        from salmonn.model.memory import GIB
 
     chosen = []
     for model in known_models():

@@ -150,6 +150,17 @@ class ModelInputs:
         repeated = sum(lengths[index] for index in self.clip_index) - sum(lengths)
         return int(self.attention_mask.sum()) - repeated
 
+    def select(self, rows: Sequence[int]) -> "ModelInputs":
+        """Return the given rows, which may be repeated, with all clips."""
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            position_ids=self.position_ids[:, rows],
+            labels=self.labels[rows],
+            clip_index=tuple(self.clip_index[row] for row in rows),
+        )
+
     def to(self, device: torch.device | str) -> "ModelInputs":
         """Copy the tensors to a device."""
         return replace(

@@ -1,7 +1,7 @@
 """Dry run: estimate parameters, clip tokens and memory without loading weights.
 
 The network is built on torch's meta device, a placeholder clip goes through the model's own frame sampling, resizing,
-audio chunking and token layout, and `salmonn.train.memory` does the arithmetic. Only the model's config.json is read.
+audio chunking and token layout, and `salmonn.model.memory` does the arithmetic. Only the model's config.json is read.
 """
 
 import math
@@ -16,16 +16,16 @@ from rich.table import Table
 from salmonn import dist
 from salmonn.caption.processor import select_modality
 from salmonn.media.container import ClipShape
+from salmonn.model import memory as estimate
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.layout import ClipInputs, Layout
 from salmonn.model.loading import Placement, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, check_targets
+from salmonn.model.memory import FLOAT32, GIB, NumberSizes, Stack, TrainedParts
 from salmonn.model.network import MAX_LOGIT_BYTES, PREFILL_CHUNK_TOKENS, Network
 from salmonn.records import Modality
-from salmonn.train import memory as estimate
 from salmonn.train.loop import FitConfig
-from salmonn.train.memory import FLOAT32, GIB, NumberSizes, Stack, TrainedParts
 
 GPUS = (24, 40, 80, 141)  # GiB
 RESERVE = GIB  # for the framework and its kernels

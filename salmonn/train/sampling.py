@@ -1,7 +1,8 @@
 """Sampling of captions and answering of questions on all ranks.
 
-Work is cut into batches of similar length, which are balanced over the ranks by cost. Batches and their seeds depend on
-the clips and the batch size, so any number of processes gives the same results.
+The clips are cut into parts, which are balanced over the ranks by cost. Within a part, further captions join the batch
+as others end; each part begins and ends with an empty batch. Rounding depends on what is decoded together, and parts on
+the clips and the batch size alone: any number of processes gives the same captions to the last bit, also after a kill.
 """
 
 import json
@@ -9,30 +10,25 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import CachedGenerator, CaptionRequest, Sampling
+from salmonn.caption.generator import CachedGenerator, CaptionRequest, Generator, Sampling
+from salmonn.caption.limits import BatchLimits
 from salmonn.config import MAY_CHANGE
 from salmonn.records import Caption, read_json, read_records, write_json, write_records
-from salmonn.train.batches import make_batches, map_batches
+from salmonn.train.batches import make_batches, make_parts, map_batches
 from salmonn.train.data import ClipSet
-from salmonn.train.memory import NumberSizes, Stack, kv_cache_bytes, largest_batch
 from salmonn.train.run_folder import load_or_create
 
 log = logging.getLogger(__name__)
 
 MAX_ANSWER_TOKENS = 16  # for the answer to a question
 CAPTIONS_NAME = "captions.jsonl"
-PARTIAL_NAME = "captions.parts"  # folder of finished batches while captions are sampled
-REQUEST_NAME = "parts.json"  # file in it that says what they are batches of
-MAX_PROMPT_TOKENS = 512  # of a prompt besides its clip, assumed for the size of the KV cache
-KV_CACHE_SHARE = 0.6  # of the free memory of a GPU; prefill and decode steps need the rest
+PARTIAL_NAME = "captions.parts"  # folder of finished parts while captions are sampled
+REQUEST_NAME = "parts.json"  # file in it that says what they are parts of
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class SampleConfig(Sampling):
         num_samples: captions of each clip.
         temperatures: temperatures of equal shares of the samples, in place of `temperature`; such as [1.0, 0.7] for
             half and half. RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
-        batch_size: captions generated at once; halved until their KV cache fits on the GPU.
+        batch_size: captions generated at once; on a GPU fewer where their KV cache would not fit.
     """
 
     temperature: float = 0.8
@@ -92,7 +88,7 @@ def sample_captions(
         config: sampling parameters.
         name: title of the progress bar.
         seed: random seed; each clip's own seed is derived from it and the clip's index.
-        folder: folder that gets captions.jsonl, and each batch as soon as it is finished, so that a killed run resumes
+        folder: folder that gets captions.jsonl, and each part as soon as it is finished, so that a killed run resumes
             from there; none to keep the captions in memory.
     """
     if folder is None:
@@ -113,7 +109,7 @@ def _sample(
 ) -> list[Caption]:
     references = clips.references
     lengths = [len(clips.features_of(reference)) for reference in references]
-    batch_size = _batch_size(captioner, lengths, config)
+    limits = _limits(captioner, config.batch_size)
     if partial:
         request = {
             "model": captioner.name,
@@ -122,37 +118,16 @@ def _sample(
             "seed": seed,
             "clips": [[reference.video, length] for reference, length in zip(references, lengths, strict=True)],
         }
-        batch_size = _resume(partial, request, batch_size=batch_size)
-    batches = make_batches(lengths, size=batch_size // config.num_samples)
-    finished = _find_finished(partial, num_batches=len(batches)) if partial else {}
-    generator = _make_generator(captioner, clips, batch_size=max(batch_size, config.num_samples))
-
-    size = config.num_samples // len(config.shares())
+        limits = _resume(partial, request, limits=limits)
+    parts = make_parts(lengths, size=limits.num_rows // config.num_samples)
+    finished = _find_finished(partial, num_parts=len(parts)) if partial else {}
+    generator = _make_generator(captioner, clips, limits=limits)
 
     def sample(number: int) -> list[list[Caption]]:
         if number in finished:
             captions = read_records(finished[number], Caption)
         else:
-            shares = [
-                generator.generate(
-                    [
-                        CaptionRequest(
-                            Path(references[index].video),
-                            sampling=replace(config, temperature=temperature, temperatures=None),
-                            seed=seed * 1_000_003 + index + (share << 40),  # the same would correlate the shares
-                            num_samples=size,
-                        )
-                        for index in batches[number]
-                    ]
-                )
-                for share, temperature in enumerate(config.shares())
-            ]
-            captions = [
-                replace(one, sample=share * size + one.sample)
-                for of_clip in zip(*shares, strict=True)
-                for share, group in enumerate(of_clip)
-                for one in group
-            ]
+            captions = _sample_part(generator, clips, parts[number], config, seed=seed)
             if partial:
                 write_records(_partial_path(partial, number), captions)
         return [captions[start : start + config.num_samples] for start in range(0, len(captions), config.num_samples)]
@@ -160,57 +135,70 @@ def _sample(
     num_generated = config.num_samples * config.max_new_tokens
     costs = [
         0 if number in finished else sum(lengths[index] + num_generated for index in indices)
-        for number, indices in enumerate(batches)
+        for number, indices in enumerate(parts)
     ]
-    return [one for group in map_batches(sample, batches, costs, name=name, unit="clip") for one in group]
+    return [one for group in map_batches(sample, parts, costs, name=name, unit="clip") for one in group]
 
 
-def _batch_size(captioner: Captioner, lengths: Sequence[int], config: SampleConfig) -> int:
-    """Return the number of captions to generate at once: as configured, or as many as fit on each rank's GPU."""
-    device = captioner.network.device
-    if device.type != "cuda" or not lengths:
-        return config.batch_size
-    numbers = NumberSizes(captioner.network.dtype.itemsize, captioner.network.dtype.itemsize)
-    bytes_of = partial(kv_cache_bytes, Stack.of(captioner.network.lm.config.get_text_config()), numbers)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
-    size = largest_batch(
-        config.batch_size,
-        num_samples=config.num_samples,
-        prefix_bytes=bytes_of(tokens=max(lengths) + MAX_PROMPT_TOKENS),
-        caption_bytes=bytes_of(tokens=config.max_new_tokens),
-        budget=KV_CACHE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached),
-    )
-    return min(dist.gather([size]))  # all ranks share the same batches
+def _sample_part(
+    generator: Generator, clips: ClipSet, indices: Sequence[int], config: SampleConfig, *, seed: int
+) -> list[Caption]:
+    """Sample captions of the clips of a part, in an order that depends on nothing else."""
+    size = config.num_samples // len(config.shares())
+    requests = [
+        CaptionRequest(
+            Path(clips.references[index].video),
+            sampling=replace(config, temperature=temperature, temperatures=None),
+            seed=seed * 1_000_003 + index + (share << 40),  # the same would correlate the shares
+            num_samples=size,
+        )
+        for share, temperature in enumerate(config.shares())
+        for index in indices
+    ]
+    captions = generator.generate(requests)
+    return [
+        replace(one, sample=share * size + one.sample)
+        for place in range(len(indices))
+        for share, of_clip in enumerate(captions[place :: len(indices)])
+        for one in of_clip
+    ]
 
 
-def _make_generator(captioner: Captioner, clips: ClipSet, *, batch_size: int) -> CachedGenerator:
+def _limits(captioner: Captioner, batch_size: int) -> BatchLimits:
+    """Return what every rank can decode together: all ranks share the same parts."""
+    every = dist.gather([captioner.limits(batch_size)])
+    tokens = [one.num_tokens for one in every if one.num_tokens is not None]
+    return BatchLimits(batch_size, min(tokens, default=None))
+
+
+def _make_generator(captioner: Captioner, clips: ClipSet, *, limits: BatchLimits) -> CachedGenerator:
     features = {Path(reference.video): clips.features_of(reference) for reference in clips.references}
-    return CachedGenerator(captioner, features, batch_size=batch_size)
+    return CachedGenerator(captioner, features, limits=limits)
 
 
 def _partial_path(partial: Path, number: int) -> Path:
     return partial / f"part_{number:05d}.jsonl"
 
 
-def _resume(partial: Path, request: Mapping[str, Any], *, batch_size: int) -> int:
-    """Return the batch size of a killed run with this request, whose batches are kept, or else the given one."""
+def _resume(partial: Path, request: Mapping[str, Any], *, limits: BatchLimits) -> BatchLimits:
+    """Return the limits of a killed run with this request, whose parts are kept, or else the given ones."""
     if dist.is_main():  # only rank 0 looks, as NFS shows files late
         path = partial / REQUEST_NAME
         request = dict(json.loads(json.dumps(request)))  # with lists for tuples, as in the file
         before = read_json(path) if path.is_file() else {}
-        stored = before.pop("batch_size", None)
+        stored = before.pop("limits", None)
         if before == request and stored:
-            batch_size = stored
+            limits = BatchLimits(**stored)
         elif partial.is_dir():
             log.warning("%s contains captions of other clips, or from another model or config; sampling again", partial)
             shutil.rmtree(partial)
-        write_json(path, request | {"batch_size": batch_size})
-    return dist.gather([batch_size])[0]
+        write_json(path, request | {"limits": asdict(limits)})
+    return dist.gather([limits])[0]
 
 
-def _find_finished(partial: Path, *, num_batches: int) -> dict[int, Path]:
-    """Return the files of the batches that a killed run finished."""
-    paths = {number: _partial_path(partial, number) for number in range(num_batches)}
+def _find_finished(partial: Path, *, num_parts: int) -> dict[int, Path]:
+    """Return the files of the parts that a killed run finished."""
+    paths = {number: _partial_path(partial, number) for number in range(num_parts)}
     finished = [number for number, path in paths.items() if dist.is_main() and path.is_file()]
     return {number: paths[number] for number in dist.gather([finished])[0]}
 
@@ -219,10 +207,8 @@ def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_s
     """Answer all questions about clips; the prompt of each answer is its question."""
     questions = [(reference, item.question) for reference in clips.references for item in reference.questions]
     lengths = [len(clips.features_of(reference)) for reference, _ in questions]
-    sampling = SampleConfig(max_new_tokens=MAX_ANSWER_TOKENS, num_samples=1, batch_size=batch_size)
-    batch_size = _batch_size(captioner, lengths, sampling)
     batches = make_batches(lengths, size=batch_size)
-    generator = _make_generator(captioner, clips, batch_size=batch_size)
+    generator = _make_generator(captioner, clips, limits=_limits(captioner, batch_size))
 
     def answer(number: int) -> list[Caption]:
         batch = [questions[index] for index in batches[number]]

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.caption.generate import SampledToken
+from salmonn.caption.generate import DecodeBatch, SampledToken
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import FixedSegments
+from salmonn.caption.streaming import StreamingGenerator
 from salmonn.media.clip import read_clip
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Failure
@@ -72,12 +74,14 @@ def test_a_caption_at_the_token_limit_is_unfinished(captioner, media):
 def test_a_caption_with_a_stop_token_is_finished(captioner, media, monkeypatch):
     """Generated ids: "a" and a stop token, "a" without one, and only a stop token."""
     tokenizer = captioner.processor.tokenizer
-    a = tokenizer.encode("a")
-    ids = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
-    generated = [[SampledToken(token) for token in row] for row in ids]
-    monkeypatch.setattr("salmonn.caption.captioner.generate", lambda *_, **__: generated)
-    answers = complete(captioner, media[:1], ["Tell."], sampling=Sampling(temperature=1.0), num_samples=3)
-    assert [(answer.text, answer.finished) for answer in answers] == [("a", True), ("a", False), ("", True)]
+    (a,), stop = tokenizer.encode("a"), tokenizer.eos_token_id
+    steps = iter([{0: a, 1: a, 2: stop}, {0: stop, 1: a}])
+    monkeypatch.setattr(
+        DecodeBatch, "step", lambda *_: {row: SampledToken(token) for row, token in next(steps).items()}
+    )
+    sampling = Sampling(temperature=1.0, max_new_tokens=2)
+    answers = complete(captioner, media[:1], ["Tell."], sampling=sampling, num_samples=3)
+    assert [(answer.text, answer.finished) for answer in answers] == [("a", True), ("aa", False), ("", True)]
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
@@ -210,35 +214,43 @@ def test_a_missing_modality_is_rejected(captioner, tmp_path):
 
 
 def test_out_of_memory_is_a_failure_of_only_its_clip(captioner, videos, monkeypatch):
-    generate = captioner.generate
+    """The third clip fits neither beside others nor alone."""
+    add, sizes = StreamingGenerator.add, []
+    third = captioner.processor.read(videos[2])
 
-    def fail_third(batch, **options):
-        if [request.path for request in batch] == [videos[2]]:
+    def fail_third(self, clips, prompts, **options):
+        sizes.append(len(clips))
+        if any(torch.equal(clip.pixels, third.pixels) for clip in clips):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-        return generate(batch, **options)
+        return add(self, clips, prompts, **options)
 
-    monkeypatch.setattr(captioner, "generate", fail_third)
-    results = list(captioner.caption_many(requests(videos[:4]), batch_size=1))
+    monkeypatch.setattr(StreamingGenerator, "add", fail_third)
+    results = list(captioner.caption_many(requests(videos[:4]), batch_size=4))
     assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
+    assert sizes == [4, 1, 1, 1, 1]
     assert "does not fit into GPU memory" in results[2].reason and "batch_size" in results[2].reason
     assert str(videos[2]) in results[2].reason and results[2].stage == "caption"
 
 
 def test_clips_are_batched_by_length(captioner, videos, monkeypatch):
     """The files are short, long, short, long, short: two batches, of 2 and 3."""
-    generate, sizes = captioner.generate, []
+    add, sizes = StreamingGenerator.add, []
 
-    def record_lengths(batch, *, clips, **options):
+    def record_lengths(self, clips, prompts, **options):
         sizes.append([round(clip.seconds) for clip in clips])
-        return generate(batch, clips=clips, **options)
+        return add(self, clips, prompts, **options)
 
-    monkeypatch.setattr(captioner, "generate", record_lengths)
+    monkeypatch.setattr(StreamingGenerator, "add", record_lengths)
     seconds = {video: read_clip(video, captioner.processor.family.frame_sampler).video_seconds for video in videos}
     short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
     assert round(seconds[short]) < round(seconds[long])
     results = list(captioner.caption_many(requests([short, long, short, long, short]), batch_size=3))
-    # Two of the short ones form a batch, the third joins the long ones; within a batch, paths stay in order.
-    assert sizes == [[round(seconds[short])] * 2, [*[round(seconds[long])] * 2, round(seconds[short])]]
+    # Two of the short ones come first, the third after the long ones; a long one joins them, with the same limit, and
+    # the others once these have reached it.
+    assert sizes == [
+        [*[round(seconds[short])] * 2, round(seconds[long])],
+        [round(seconds[long]), round(seconds[short])],
+    ]
     assert [result.video for result in results] == [str(path) for path in (short, long, short, long, short)]
     assert results[0] == results[2] == results[4] != results[1] == results[3]
 
@@ -282,10 +294,10 @@ def test_samples_of_a_clip_are_adjacent(captioner, media):
         sampling=sampling,
         num_samples=2,
         seeds=[1, 2, 3],
-        batch_size=4,
+        limits=BatchLimits(4),
         on_progress=num_done.append,
     )
-    assert len(answers) == 6 and num_done == [2, 1]  # batches of 4 sequences are 2 clips
+    assert len(answers) == 6 and num_done == [1, 1, 1]
     # A clip's samples depend only on its own seed, not on its position.
     for index, seed in enumerate([1, 2, 3]):
         separate = complete(

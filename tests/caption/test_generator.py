@@ -7,6 +7,7 @@ import sys
 import salmonn
 from salmonn.caption.captioner import Captioner, RequestOptions
 from salmonn.caption.generator import CachedGenerator, CaptionRequest, Generator, Sampling
+from salmonn.caption.limits import BatchLimits
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
 
@@ -33,7 +34,7 @@ def test_generators_agree(captioner, videos):
     generators: list[Generator] = [
         captioner,
         CachedGenerator(captioner, dict(zip(videos, inputs, strict=False))),
-        CachedGenerator(captioner, dict(zip(videos, captioner.encode(inputs), strict=False)), batch_size=1),
+        CachedGenerator(captioner, dict(zip(videos, captioner.encode(inputs), strict=False)), limits=BatchLimits(1)),
     ]
     expected, *others = [generator.generate(requests) for generator in generators]
     assert [[caption.sample for caption in captions] for captions in expected] == [[0], [0, 1], [0, 1, 2]]

@@ -7,6 +7,7 @@ import pytest
 
 from salmonn.caption.generate import DecodeBatch, SampledToken, generate
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer
@@ -111,7 +112,7 @@ def test_questions_read_a_video_once(captioner, videos, monkeypatch):
     assert captions == separate
     # Batches share a clip that was read, but not one with another span.
     reads.clear()
-    assert captioner.generate([*requests, replace(requests[0], span=Span())], batch_size=1)[:2] == [
+    assert captioner.generate([*requests, replace(requests[0], span=Span())], limits=BatchLimits(1))[:2] == [
         [caption] for caption in captions
     ]
     assert len(reads) == 2

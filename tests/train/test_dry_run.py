@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
@@ -13,10 +12,11 @@ import pytest
 import torch
 
 from salmonn.caption.processor import Processor
+from salmonn.model import memory as memory_plan
 from salmonn.model.families import PUBLISHED_CONFIGS
 from salmonn.model.loading import Placement, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.train import memory as memory_plan
+from salmonn.model.memory import GIB, NumberSizes, Stack, TrainedParts
 from salmonn.train.dry_run import (
     RESERVE,
     TEXT_TOKENS,
@@ -32,7 +32,6 @@ from salmonn.train.dry_run import (
     weights_bytes,
 )
 from salmonn.train.loop import FitConfig
-from salmonn.train.memory import GIB, NumberSizes, Stack, TrainedParts
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 
@@ -302,12 +301,3 @@ def test_memory_of_a_real_process(random_plus, medium, work, capsys):
     with capsys.disabled():
         sys.stdout.write(f"\n{work}: estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB\n")
     assert 0.7 * measured < estimated < 1.3 * measured
-
-
-def test_a_batch_is_halved_until_its_kv_cache_fits():
-    """A prefix of 10 bytes for all samples of a clip, and a byte for each caption."""
-    batch = partial(memory_plan.largest_batch, 64, prefix_bytes=10, caption_bytes=1)
-    assert batch(num_samples=8, budget=8 * 10 + 64) == 64
-    assert batch(num_samples=8, budget=8 * 10 + 63) == 32
-    assert batch(num_samples=1, budget=8 * 10 + 64) == 8
-    assert batch(num_samples=12, budget=0) == 12

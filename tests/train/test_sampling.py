@@ -3,17 +3,17 @@
 import shutil
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.limits import BatchLimits
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, read_records
 from salmonn.train import sampling as train_sampling
-from salmonn.train.batches import make_batches
+from salmonn.train.batches import make_batches, make_parts
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import cache_features
 from salmonn.train.sampling import SampleConfig, sample_captions
@@ -26,6 +26,20 @@ def test_batches_have_similar_lengths():
     assert make_batches([3, 9, 9, 1, 5], size=2) == [[1], [2, 4], [0, 3]]
     assert make_batches([3, 9], size=0) == [[1], [0]]  # more samples of one clip than the batch size
     assert make_batches([], size=4) == []
+
+
+@pytest.mark.parametrize(
+    ("num_items", "size", "num_parts", "largest"),
+    [(10_000, 8, 160, 63), (320, 8, 8, 40), (248, 8, 31, 8), (3, 0, 3, 1)],
+)
+def test_parts_divide_evenly(num_items, size, num_parts, largest):
+    """A multiple of 8 parts of 4 to 8 batches, with long and short items in each, or else single batches."""
+    parts = make_parts(list(range(num_items)), size=size)
+    assert sorted(index for part in parts for index in part) == list(range(num_items))
+    assert len(parts) == num_parts and max(map(len, parts)) == largest
+    if largest > size > 0:
+        sums = [sum(part) for part in parts]
+        assert max(sums) - min(sums) <= num_items and all(part == sorted(part, reverse=True) for part in parts)
 
 
 def test_shares_of_samples_have_their_own_temperature(captioner, clips):
@@ -70,7 +84,7 @@ def costs(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the generated batches; the process is killed at batch number `fatal`."""
+    """Count the generated parts; the process is killed at part number `fatal`."""
     counts = Counter(answered=0, fatal=1000)
     generate = Captioner.generate
 
@@ -84,9 +98,7 @@ def calls(monkeypatch):
     return counts
 
 
-def test_killed_sampling_resumes_from_its_finished_batches(
-    captioner, clips, calls, costs, tmp_path, monkeypatch, caplog
-):
+def test_killed_sampling_resumes_from_its_finished_parts(captioner, clips, calls, costs, tmp_path, monkeypatch, caplog):
     (clips,) = cache_features(captioner, clips, name="clips")
     folder = tmp_path / "round_1"
     partial = folder / "captions.parts"
@@ -95,7 +107,7 @@ def test_killed_sampling_resumes_from_its_finished_batches(
         return sample_captions(captioner, clips, SAMPLING, name="sampling", **{"seed": SEED} | options)
 
     expected = sample()
-    assert calls["answered"] == 3  # 5 clips with 2 captions each, in batches of 4
+    assert calls["answered"] == 3  # 5 clips with 2 captions each, in parts of 4
     calls["fatal"] = 5
     with pytest.raises(Killed):
         sample(folder=folder)
@@ -110,7 +122,7 @@ def test_killed_sampling_resumes_from_its_finished_batches(
         with pytest.raises(Killed):
             sample(folder=folder)
     assert calls["answered"] == 1
-    # Finished batches have no cost; the last one has the two shortest clips, two captions of 12 tokens of each.
+    # Finished parts have no cost; the last one has the two shortest clips, two captions of 12 tokens of each.
     lengths = sorted(len(features) for features in clips.features.values())
     assert costs == [0, 0, sum(lengths[:2]) + 2 * 24]
     paths = [partial / f"part_{number:05d}.jsonl" for number in range(3)]
@@ -121,7 +133,8 @@ def test_killed_sampling_resumes_from_its_finished_batches(
     saved = tmp_path / "saved"
     shutil.copytree(partial, saved)
     with monkeypatch.context() as patch:
-        patch.setattr(train_sampling, "_batch_size", lambda *_: 2)  # less memory is free: the batches stay the same
+        # Less memory is free: the parts stay the same.
+        patch.setattr(train_sampling, "_limits", lambda *_: BatchLimits(2, 1000))
         assert sample(folder=folder) == expected and calls["answered"] == 1
     assert [path.name for path in folder.iterdir()] == ["captions.jsonl"]
 
@@ -162,18 +175,3 @@ def test_captions_of_clips(captioner, clips, media):
     assert not any(
         caption.finished and len(captioner.processor.tokenizer.encode(caption.text)) > 6 for caption in captions
     )
-
-
-def test_the_batch_fits_the_free_memory_of_a_gpu(captioner, monkeypatch):
-    """The longest clip and its prompt are 1,512 tokens, a caption 100; PyTorch has reserved some for reuse."""
-    config = SampleConfig(num_samples=4, batch_size=64, max_new_tokens=100)
-    assert train_sampling._batch_size(captioner, [1000, 10], config) == 64  # no limit on a CPU
-    network = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, lm=captioner.network.lm)
-    text = captioner.network.lm.config.get_text_config()
-    token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    needed = (16 * 1512 + 64 * 100) * token / 0.6
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: needed / 2)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: needed / 4)
-    for free, expected in ((0.76, 64), (0.74, 32)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * needed, 0))
-        assert train_sampling._batch_size(SimpleNamespace(network=network), [1000, 10], config) == expected

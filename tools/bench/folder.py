@@ -24,6 +24,7 @@ from rows import BenchRow, compare, emit_json, interleave, peak_mib, report_rows
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipReader, default_num_workers
 from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
@@ -103,7 +104,7 @@ class FolderBench:
 
         def generate(sampling: Sampling, *, batch_size: int) -> None:
             requests = [CaptionRequest(path, sampling=sampling) for path in self.paths]
-            captioner.generate(requests, clips=features, batch_size=batch_size)
+            captioner.generate(requests, clips=features, limits=BatchLimits(batch_size))
 
         def read() -> None:
             for path in self.paths:

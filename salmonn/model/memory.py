@@ -143,17 +143,3 @@ def logits_bytes(vocabulary: int, numbers: NumberSizes, *, tokens: int) -> int:
 def kv_cache_bytes(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
     """Return the bytes of the KV cache: 2 r per token, layer, key/value head and head dimension."""
     return 2 * stack.layers * stack.kv_heads * stack.head_width * tokens * numbers.stored
-
-
-def largest_batch(size: int, *, num_samples: int, prefix_bytes: int, caption_bytes: int, budget: float) -> int:
-    """Halve a batch until its KV cache fits; one clip is always tried.
-
-    Args:
-        size: captions in a batch.
-        num_samples: captions of each clip, which share its prefix.
-        prefix_bytes, caption_bytes: bytes of the KV cache of the longest clip with its prompt, and of a caption.
-        budget: bytes that are available.
-    """
-    while size > num_samples and size // num_samples * prefix_bytes + size * caption_bytes > budget:
-        size = max(num_samples, size // 2)
-    return size

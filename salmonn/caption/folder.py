@@ -1,0 +1,130 @@
+"""Captions of clips as they are read: others join as captions end; or, in a shape, batch by batch."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from salmonn.caption.generator import CaptionRequest, SegmentResult, to_failure
+from salmonn.caption.limits import BatchLimits
+from salmonn.caption.loader import ClipJob, ReadResult
+from salmonn.caption.processor import Processor
+from salmonn.caption.shape import Shape, shape_captions
+from salmonn.caption.streaming import Completion
+from salmonn.media.clip import Clip
+from salmonn.model.layout import ClipFeatures, ClipInputs
+from salmonn.records import Caption
+
+if TYPE_CHECKING:
+    from salmonn.caption.captioner import Captioner
+
+
+@dataclass(frozen=True)
+class TimedInputs:
+    """The inputs of a clip, and its length in seconds."""
+
+    inputs: ClipInputs
+    seconds: float
+
+    @classmethod
+    def of(cls, processor: Processor, clip: Clip) -> "TimedInputs":
+        """Convert a clip that was read."""
+        return cls(processor.clip_inputs(clip), clip.duration_seconds)
+
+
+def caption_clips(
+    captioner: "Captioner", clips: Iterable[ReadResult[TimedInputs]], *, limits: BatchLimits
+) -> Iterator[list[SegmentResult]]:
+    """Caption clips; each is taken when there is room for it, and then waited for.
+
+    What is decoded together hence depends on the order of the clips, and not on the time that reading takes.
+
+    Args:
+        captioner: local model.
+        clips: clips, or why they cannot be read.
+        limits: what is decoded together.
+
+    Yields:
+        The results that became ready together.
+    """
+    scheduler, jobs = captioner.scheduler(limits), dict[int, ClipJob]()
+
+    def advance() -> Iterator[list[SegmentResult]]:
+        ended = [(jobs.pop(sequence.index), sequence.request, outcome) for sequence, outcome in scheduler.advance()]
+        if ended:
+            yield [_to_result(job, _to_text(captioner, request, outcome)) for job, request, outcome in ended]
+
+    for number, (job, clip) in enumerate(clips):
+        if isinstance(clip, ValueError):
+            yield [_to_read_failure(job, clip)]
+            continue
+        jobs[number] = job
+        scheduler.waiting += captioner.sequences(job.request, clip.inputs, index=number)
+        while not scheduler.has_room:
+            yield from advance()
+    while jobs:
+        yield from advance()
+
+
+def caption_in_shape(
+    captioner: "Captioner", batch: Sequence[ReadResult[TimedInputs]], shape: Shape
+) -> list[SegmentResult]:
+    """Caption a batch of clips in a shape; the encoders run once for all questions about a clip.
+
+    Args:
+        captioner: local model.
+        batch: clips, or why they cannot be read.
+        shape: shape of the captions.
+    """
+    readable = [(job, clip) for job, clip in batch if not isinstance(clip, ValueError)]
+    held: Sequence[ClipInputs | ClipFeatures] = [clip.inputs for _, clip in readable]
+    if shape.may_ask_again:
+        # Clips that do not fit into memory together are encoded with each question, one by one.
+        with suppress(torch.OutOfMemoryError):
+            held = captioner.encode([clip.inputs for _, clip in readable])
+
+    def answer(asked: Sequence[tuple[int, CaptionRequest]]) -> list[Caption | str]:
+        answers = [_prompt_error(captioner, request) for _, request in asked]
+        usable = [number for number, error in enumerate(answers) if error is None]
+        requests, clips = [asked[number][1] for number in usable], [held[asked[number][0]] for number in usable]
+        scheduler = captioner.scheduler(captioner.limits(max(len(requests), 1)))
+        for sequence, outcome in scheduler.run(captioner.groups(requests, clips)):
+            answers[usable[sequence.index]] = _to_text(captioner, sequence.request, outcome)
+        return [one for one in answers if one is not None]
+
+    requests = [
+        replace(job.request, prompt=job.request.prompt or captioner.default_prompt(job.request.modality))
+        for job, _ in readable
+    ]
+    clips = [(request, clip.seconds) for request, (_, clip) in zip(requests, readable, strict=True)]
+    captions = iter(shape_captions(shape, clips, answer=answer))
+    return [
+        _to_read_failure(job, clip) if isinstance(clip, ValueError) else _to_result(job, next(captions))
+        for job, clip in batch
+    ]
+
+
+def _prompt_error(captioner: "Captioner", request: CaptionRequest) -> Caption | str | None:
+    """Return what is wrong with a prompt, whose fields may hold any text."""
+    try:
+        captioner.processor.check_prompt(captioner.resolve_prompt(request))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _to_text(captioner: "Captioner", request: CaptionRequest, outcome: Completion | Exception) -> Caption | str:
+    return str(outcome) if isinstance(outcome, Exception) else captioner.to_caption(request, outcome)
+
+
+def _to_result(job: ClipJob, result: Caption | str) -> SegmentResult:
+    if isinstance(result, str):
+        failure = to_failure(job.request, f"{job.request.path}: {result}", stage="caption")
+        return SegmentResult(job.index, job.num_segments, failure)
+    return SegmentResult(job.index, job.num_segments, result)
+
+
+def _to_read_failure(job: ClipJob, error: ValueError) -> SegmentResult:
+    return SegmentResult(job.index, job.num_segments, to_failure(job.request, str(error), stage="read"))
