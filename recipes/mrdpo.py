@@ -11,6 +11,7 @@ to a folder of `out`; run the same command again to resume a killed run.
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from salmonn import dist
@@ -62,6 +63,7 @@ from salmonn.train.preference import (
     PreferenceBatch,
     make_pair_examples,
 )
+from salmonn.train.rating_ahead import RatingAhead
 from salmonn.train.reference_logps import make_preference_batches
 from salmonn.train.reward_rounds import require_labels, require_model
 from salmonn.train.rounds import (
@@ -291,11 +293,17 @@ def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Capt
     """
     config, folder, min_gap = run.config, run.folder(number), run.config.selection.min_gap
     adapters, name = adapters_of_rounds(number - 1, config), f"{folder.name}: sampling"
-    captions = run.sample(policy, adapters, run.train, config.sampling, name=name, seed=run.seed(number), folder=folder)
+    sample = partial(
+        run.sample, policy, adapters, run.train, config.sampling, name=name, seed=run.seed(number), folder=folder
+    )
     if config.reward.kind == "model":
+        captions = sample()
         ratings, info = run.reward_rounds.rate(number, captions)
         return captions, ratings, max(min_gap, info.margin(config.reward.min_confidence))
-    return captions, rate_captions(captions, run.train, reward=run.reward, folder=folder), min_gap
+    # A judge behind a URL rates the captions of each part while further ones are sampled.
+    with RatingAhead(run.reward, judge=run.judge, references=run.train.by_video) as ahead:
+        captions = sample(on_part=ahead.add)
+    return captions, rate_captions(captions, run.train, reward=run.reward, folder=folder, ahead=ahead), min_gap
 
 
 def add_rebirth(best: Path, run: Run, summary: RunSummary) -> None:

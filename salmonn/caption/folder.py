@@ -56,10 +56,16 @@ def caption_clips(
         if ended:
             yield [_to_result(job, _to_text(captioner, request, outcome)) for job, request, outcome in ended]
 
+    num_failed = 0  # in a row
     for number, (job, clip) in enumerate(clips):
         if isinstance(clip, ValueError):
             yield [_to_read_failure(job, clip)]
+            num_failed += 1
+            # Failures in a row are counted in the order of the clips: those before them must not remain unfinished.
+            while jobs and num_failed >= limits.num_rows:
+                yield from advance()
             continue
+        num_failed = 0
         jobs[number] = job
         scheduler.waiting += captioner.sequences(job.request, clip.inputs, index=number)
         while not scheduler.has_room:

@@ -14,6 +14,7 @@ from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
 from salmonn.records import Caption, Comparison, write_records
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import drop_unscored, judge_captions
+from salmonn.train.rating_ahead import RatingAhead
 from salmonn.train.run_folder import is_missing, load_or_create
 from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 
@@ -42,17 +43,35 @@ class RoundFailedError(ValueError):
     """A round that cannot improve the model."""
 
 
-def rate_captions(captions: Sequence[Caption], clips: ClipSet, *, reward: Reward, folder: Path) -> list[Rating]:
+def rate_captions(
+    captions: Sequence[Caption],
+    clips: ClipSet,
+    *,
+    reward: Reward,
+    folder: Path,
+    ahead: RatingAhead | None = None,
+) -> list[Rating]:
     """Rate captions on all ranks, or load the ratings that an earlier run wrote to the folder of the round.
 
     Unscored captions are left out.
+
+    Args:
+        captions: captions of any clips.
+        clips: clips with their references.
+        reward: reward.
+        folder: folder of the round.
+        ahead: ratings that were made while captions were sampled.
 
     Raises:
         ValueError: all captions are unscored.
     """
     path = folder / reward.file_name
     if is_missing(path):
-        results = judge_captions(captions, clips.by_video, judge=reward.rate)
+        rated = ahead.gather() if ahead else {}
+        missing = [one for one in captions if (one.video, one.sample) not in rated]
+        others = iter(judge_captions(missing, clips.by_video, judge=reward.rate))
+        keys = [(one.video, one.sample) for one in captions]
+        results = [rated[key] if key in rated else next(others) for key in keys]
         drop_unscored(results, name=folder.name)  # before the file is written: a file without scores is no result
         if dist.is_main():
             reward.save(path, results)

@@ -8,8 +8,9 @@ the clips and the batch size alone: any number of processes gives the same capti
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def sample_captions(
     name: str,
     seed: int = 0,
     folder: Path | None = None,
+    on_part: Callable[[Sequence[Caption]], object] | None = None,
 ) -> list[Caption]:
     """Sample captions of clips; all captions of a clip are consecutive.
 
@@ -90,27 +92,32 @@ def sample_captions(
         seed: random seed; each clip's own seed is derived from it and the clip's index.
         folder: folder that gets captions.jsonl, and each part as soon as it is finished, so that a killed run resumes
             from there; none to keep the captions in memory.
+        on_part: called with the captions of each part of this rank once it is sampled, or found.
     """
+    sample = partial(_sample, captioner, clips, config, name=name, seed=seed, on_part=on_part)
     if folder is None:
-        return _sample(captioner, clips, config, name=name, seed=seed)
-    partial = folder / PARTIAL_NAME
-    captions = load_or_create(
-        folder / CAPTIONS_NAME,
-        Caption,
-        lambda: _sample(captioner, clips, config, name=name, seed=seed, partial=partial),
-    )
+        return sample()
+    parts_folder = folder / PARTIAL_NAME
+    captions = load_or_create(folder / CAPTIONS_NAME, Caption, partial(sample, folder=parts_folder))
     if dist.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(parts_folder, ignore_errors=True)
     return captions
 
 
 def _sample(
-    captioner: Captioner, clips: ClipSet, config: SampleConfig, *, name: str, seed: int, partial: Path | None = None
+    captioner: Captioner,
+    clips: ClipSet,
+    config: SampleConfig,
+    *,
+    name: str,
+    seed: int,
+    folder: Path | None = None,
+    on_part: Callable[[Sequence[Caption]], object] | None,
 ) -> list[Caption]:
     references = clips.references
     lengths = [len(clips.features_of(reference)) for reference in references]
     limits = _limits(captioner, config.batch_size)
-    if partial:
+    if folder:
         request = {
             "model": captioner.name,
             "prompt": captioner.default_prompt(),
@@ -118,9 +125,9 @@ def _sample(
             "seed": seed,
             "clips": [[reference.video, length] for reference, length in zip(references, lengths, strict=True)],
         }
-        limits = _resume(partial, request, limits=limits)
+        limits = _resume(folder, request, limits=limits)
     parts = make_parts(lengths, size=limits.num_rows // config.num_samples)
-    finished = _find_finished(partial, num_parts=len(parts)) if partial else {}
+    finished = _find_finished(folder, num_parts=len(parts)) if folder else {}
     generator = _make_generator(captioner, clips, limits=limits)
 
     def sample(number: int) -> list[list[Caption]]:
@@ -128,8 +135,10 @@ def _sample(
             captions = read_records(finished[number], Caption)
         else:
             captions = _sample_part(generator, clips, parts[number], config, seed=seed)
-            if partial:
-                write_records(_partial_path(partial, number), captions)
+            if folder:
+                write_records(_part_path(folder, number), captions)
+        if on_part:
+            on_part(captions)
         return [captions[start : start + config.num_samples] for start in range(0, len(captions), config.num_samples)]
 
     num_generated = config.num_samples * config.max_new_tokens
@@ -176,29 +185,29 @@ def _make_generator(captioner: Captioner, clips: ClipSet, *, limits: BatchLimits
     return CachedGenerator(captioner, features, limits=limits)
 
 
-def _partial_path(partial: Path, number: int) -> Path:
-    return partial / f"part_{number:05d}.jsonl"
+def _part_path(folder: Path, number: int) -> Path:
+    return folder / f"part_{number:05d}.jsonl"
 
 
-def _resume(partial: Path, request: Mapping[str, Any], *, limits: BatchLimits) -> BatchLimits:
+def _resume(folder: Path, request: Mapping[str, Any], *, limits: BatchLimits) -> BatchLimits:
     """Return the limits of a killed run with this request, whose parts are kept, or else the given ones."""
     if dist.is_main():  # only rank 0 looks, as NFS shows files late
-        path = partial / REQUEST_NAME
+        path = folder / REQUEST_NAME
         request = dict(json.loads(json.dumps(request)))  # with lists for tuples, as in the file
         before = read_json(path) if path.is_file() else {}
         stored = before.pop("limits", None)
         if before == request and stored:
             limits = BatchLimits(**stored)
-        elif partial.is_dir():
-            log.warning("%s contains captions of other clips, or from another model or config; sampling again", partial)
-            shutil.rmtree(partial)
+        elif folder.is_dir():
+            log.warning("%s contains captions of other clips, or from another model or config; sampling again", folder)
+            shutil.rmtree(folder)
         write_json(path, request | {"limits": asdict(limits)})
     return dist.gather([limits])[0]
 
 
-def _find_finished(partial: Path, *, num_parts: int) -> dict[int, Path]:
+def _find_finished(folder: Path, *, num_parts: int) -> dict[int, Path]:
     """Return the files of the parts that a killed run finished."""
-    paths = {number: _partial_path(partial, number) for number in range(num_parts)}
+    paths = {number: _part_path(folder, number) for number in range(num_parts)}
     finished = [number for number, path in paths.items() if dist.is_main() and path.is_file()]
     return {number: paths[number] for number in dist.gather([finished])[0]}
 

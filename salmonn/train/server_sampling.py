@@ -15,7 +15,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -198,8 +198,11 @@ class ServerSampler:
         name: str,
         seed: int,
         folder: Path,
+        on_part: Callable[[Sequence[Caption]], object] | None = None,
     ) -> list[Caption]:
         """Sample captions of clips, as `sample_captions`, with the model that consists of the start and adapters.
+
+        A part is a clip.
 
         Raises:
             ValueError: the server cannot be used, or does not caption some of the clips.
@@ -210,7 +213,7 @@ class ServerSampler:
             generator = self.connect()
             with self._serve(adapters) as model:
                 generator.client.use_model(model)
-                return self._sample(generator, clips, sampling, name=name, seed=seed, partial=partial)
+                return self._sample(generator, clips, sampling, name=name, seed=seed, partial=partial, on_part=on_part)
 
         captions = load_or_create(folder / CAPTIONS_NAME, Caption, sample_all)
         if dist.is_main():
@@ -226,6 +229,7 @@ class ServerSampler:
         name: str,
         seed: int,
         partial: Path,
+        on_part: Callable[[Sequence[Caption]], object] | None,
     ) -> list[Caption]:
         references = clips.references
         parts = CaptionParts(
@@ -242,6 +246,9 @@ class ServerSampler:
         shares = dist.balance([0 if index in finished else 1 for index in range(len(references))])
         mine = shares[dist.rank()]
         todo = [index for index in mine if index not in finished]
+        if on_part:
+            for index in finished.intersection(mine):
+                on_part(parts.read(index))
         failures = list[str]()
         bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=name, unit="clip", disable=not dist.is_main())
         with ClipReader(workers=self.config.workers) as reader, bar:
@@ -251,6 +258,8 @@ class ServerSampler:
                     failures.append(result.reason)
                 else:
                     parts.write(index, result)
+                    if on_part:
+                        on_part(result)
         if failed := [reason for reasons in dist.gather([failures]) for reason in reasons]:
             raise ValueError(
                 f"{name}: the server does not caption {len(failed)} of {len(references)} clips, first {failed[0]}; the "

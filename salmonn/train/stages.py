@@ -61,20 +61,21 @@ class Run:
         name: str,
         seed: int,
         folder: Path,
+        on_part: Callable[[Sequence[Caption]], object] | None = None,
     ) -> list[Caption]:
         """Sample captions of clips with a model, or load them; see `sample_captions`.
 
         Args:
             model: folder or hub id of the model.
             adapters: folders of the adapters that it consists of besides the run's start, for a server.
-            clips, sampling, name, seed, folder: see `sample_captions`.
+            clips, sampling, name, seed, folder, on_part: see `sample_captions`.
         """
         if self.server:
-            return self.server.sample(adapters, clips, sampling, name=name, seed=seed, folder=folder)
+            return self.server.sample(adapters, clips, sampling, name=name, seed=seed, folder=folder, on_part=on_part)
         captioner = self.config.load_model(model)
         what = f"the model of {folder.relative_to(self.config.out).parts[0]}"
         require_free_space(self.config.out, num_bytes(captioner), what=what)  # before hours of work
-        return sample_captions(captioner, clips, sampling, name=name, seed=seed, folder=folder)
+        return sample_captions(captioner, clips, sampling, name=name, seed=seed, folder=folder, on_part=on_part)
 
     @property
     def reward_rounds(self) -> RewardRounds:

@@ -122,7 +122,7 @@ def test_captions_equal_those_of_separate_runs(captioner, videos, media, samplin
     """A fifth of all tokens are stop tokens, so that lengths differ: others join in float32 without any change."""
     processor = captioner.processor
     monkeypatch.setattr(processor, "stop_ids", list(range(1, 400, 5)))
-    inputs = [clip for clip in media for _ in range(3)]
+    inputs = list(media) * 3
     requests = [
         CaptionRequest(videos[0], f"{number}?", sampling, seed=number, num_samples=2) for number in range(len(inputs))
     ]
@@ -140,10 +140,9 @@ def test_captions_equal_those_of_separate_runs(captioner, videos, media, samplin
         for sample, tokens in enumerate(separate):
             text = processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
             assert completions[index, sample] == text
-    assert len(set(lengths)) > 5
-    batches = [max(lengths[start : start + 6]) for start in range(0, len(lengths), 6)]
-    # Two samples of a clip join together, so that a row may wait for another.
-    assert scheduler.num_steps < 0.85 * sum(batches) and scheduler.num_prefills > 5
+    assert len(set(lengths)) > 3
+    batch, _ = run([group(*lengths[start : start + 2]) for start in range(0, len(lengths), 2)], rows=6)
+    assert scheduler.num_steps == len(batch.num_active) and scheduler.num_prefills == len(batch.admitted) > 3
 
 
 def test_the_kv_cache_is_limited_by_the_free_memory_of_a_gpu(captioner, monkeypatch):
