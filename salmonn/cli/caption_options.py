@@ -126,7 +126,12 @@ def _add_output_options(parser: FlagParser) -> None:
 
 def _add_processing_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Speed and limits")
-    group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
+    group.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="most clips in a batch (default: the model's own; on a GPU at least 64, as far as they fit)",
+    )
     add_reading_options(group)
     group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
     group.add_argument(

@@ -86,7 +86,12 @@ def _add_limit_options(parser: FlagParser) -> None:
     group.add_argument("--request_seconds", type=float, default=600.0, help="time limit per request")
     group.add_argument("--fetch_seconds", type=float, default=300.0, help="time limit for fetching a file")
     group.add_argument("--grace_seconds", type=float, default=30.0, help="time to finish requests on shutdown")
-    group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
+    group.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="most clips in a batch (default: the model's own; on a GPU at least 64, as far as they fit)",
+    )
 
 
 def run_serve(values: Namespace) -> int:
