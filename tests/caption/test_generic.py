@@ -20,6 +20,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.generic import check_hearing, is_generic, load_generic, make_generic
 from salmonn.caption.prompt import train_tokenizer
+from salmonn.model.loading import load_config
 from salmonn.records import Caption, Failure, write_json
 from salmonn.train.data import all_texts
 from tests.exactness import assert_close
@@ -242,6 +243,13 @@ def test_what_is_generic(random_model, tmp_path):
     for model_type, expected in (("qwen3_vl", False), ("gemma4", True), ("qwen2", False)):
         write_json(tmp_path / "config.json", {"model_type": model_type})
         assert is_generic(tmp_path) is expected
+
+
+def test_training_is_refused(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "gemma4"})
+    assert is_generic(tmp_path)
+    with pytest.raises(ValueError, match=r"'gemma4' is not supported; .* other models .* but they cannot be trained"):
+        load_config(tmp_path)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, qwen):

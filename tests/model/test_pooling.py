@@ -42,7 +42,8 @@ def test_packed_rows_have_the_states_of_rows_alone(request, videos, pooling, nam
             pooling=pooling,
         )
         for one, other in ((packed.prompt[number], alone.prompt[0]), (packed.answer[number], alone.answer[0])):
-            assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+            # Layers of a random decoder add up numbers of up to 1,500: what remains is rounded as those are.
+            assert torch.allclose(one, other, atol=max(1e-4, 1e-6 * float(other.abs().max())), rtol=1e-4)
     assert torch.equal(packed.prompt[0], packed.prompt[1])  # the same clip and prompt
     assert not torch.allclose(packed.prompt[0], packed.prompt[2])
     assert torch.allclose(packed.answer[1], packed.answer[3], atol=1e-5)

@@ -41,5 +41,6 @@ def from_published(values: dict[str, Any]) -> SalmonnConfig:
     known = ", ".join(family.title for family in FAMILIES)
     raise ValueError(
         f"model type {model_type!r} is not supported; supported are {known}, and models saved by this project "
-        "(salmonn); salmonn caption also takes other models that transformers loads (docs/published.md)"
+        "(salmonn); salmonn caption also takes other models that transformers loads, but they cannot be trained "
+        "(docs/published.md)"
     )
