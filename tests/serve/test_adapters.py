@@ -16,6 +16,7 @@ from salmonn.caption.loader import ClipReader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
 from salmonn.model.adapters import MergedAdapter, StackedAdapter, read_adapter, stack_adapters
+from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_in_float32, save_adapter
 from salmonn.serve.adapters import MAX_ADAPTERS
 from tests.limits import wait_until
@@ -61,6 +62,10 @@ def test_a_stacked_adapter_is_the_sum_of_the_rounds(random_model, adapters):
     weights.use(read_adapter(adapters / "sum", network))
     for name, value in network.lm.named_parameters():
         assert torch.allclose(value, expected.lm.get_parameter(name), atol=1e-5), name
+    by_peft = load_network(random_model, adapter=adapters / "sum").lm
+    assert all(
+        torch.allclose(value, expected.lm.get_parameter(name), atol=1e-5) for name, value in by_peft.named_parameters()
+    )
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     assert (network.lm.get_parameter(q_proj) - plain.lm.get_parameter(q_proj)).abs().max() > 0.1
     weights.use(None)
