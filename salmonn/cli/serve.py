@@ -189,6 +189,8 @@ def _check_values(values: Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {values[name]}")
     if values.batch_size is not None and values.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {values.batch_size}")
+    if missing := [folder for folder in values.lora_dirs if not folder.is_dir()]:
+        raise ValueError(f"--lora-dirs {missing[0]} is not a folder")
     _check_certificate(values.ssl_certfile, values.ssl_keyfile)
     if not (is_loopback(values.host) or values.api_key_file or values.no_auth):
         raise ValueError(

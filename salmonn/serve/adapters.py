@@ -44,14 +44,9 @@ class AdapterStore:
         network: network that they belong to.
         folders: folders that adapters may be loaded from; none disables loading.
         base_name: name of the model without an adapter.
-
-    Raises:
-        ValueError: one of the folders does not exist.
     """
 
     def __init__(self, network: Network, folders: tuple[Path, ...], *, base_name: str) -> None:
-        if missing := [folder for folder in folders if not folder.is_dir()]:
-            raise ValueError(f"--lora-dirs {missing[0]} is not a folder")
         self.is_enabled = bool(folders)
         self._network, self._folders, self._base_name = network, tuple(one.resolve() for one in folders), base_name
         self._adapters: dict[str, tuple[Adapter, int]] = {}  # with the time of loading

@@ -148,6 +148,7 @@ def test_invalid_flags_are_rejected_before_the_model_is_loaded(call, tmp_path):
     )
     assert "--max-seconds must be greater than 0" in usage_error(call, "--max-seconds", 0, *missing_model)
     assert "--allowed-dirs" in usage_error(call, "--allowed-dirs", tmp_path / "nowhere", *missing_model)
+    assert "--lora-dirs" in usage_error(call, "--lora-dirs", tmp_path / "nowhere", *missing_model)
     assert "is not a host" in usage_error(call, "--allow-hosts", "https://example.org", *missing_model)
     assert "--ssl-keyfile needs --ssl-certfile" in usage_error(call, "--ssl-keyfile", tmp_path / "keys", *missing_model)
     assert "and its key cannot be used" in usage_error(call, "--ssl-certfile", tmp_path / "keys", *missing_model)
