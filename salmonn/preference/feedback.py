@@ -139,8 +139,7 @@ class FeedbackStore:
         self.folder = folder
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         with self._locked():
-            for name in (*OLD_NAMES, FEEDBACK_NAME):
-                truncate_partial_line(folder / name)
+            self._repair()
 
     def add(self, feedback: Feedback, video: Path | None = None) -> Feedback:
         """Save feedback, with a copy of the video if training can use it; return the feedback as saved.
@@ -185,6 +184,7 @@ class FeedbackStore:
             ValueError: there is nothing of this rater, or the id is empty.
         """
         with self._locked():
+            self._repair()
             feedback = read_feedback(self.folder) if holds_feedback(self.folder) else []
             kept = [one for one in feedback if one.rater != rater]
             if not rater or len(kept) == len(feedback):
@@ -198,7 +198,14 @@ class FeedbackStore:
                 if path.exists():
                     lines = (line for _, line, row in _read_lines(path) if row.get("rater") != rater)
                     write_text(path, "".join(lines))
+                if (partial := partial_path(path)).exists():
+                    parts = partial.read_bytes().splitlines(keepends=True)
+                    partial.write_bytes(b"".join(part for part in parts if rater.encode() not in part))
         return len(feedback) - len(kept)
+
+    def _repair(self) -> None:
+        for name in (*OLD_NAMES, FEEDBACK_NAME):
+            repair_last_line(self.folder / name)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -213,6 +220,7 @@ class FeedbackStore:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Undo writes after an OSError: a full disk writes half a line, which the next line would continue."""
+        self._repair()
         path, videos = self.folder / FEEDBACK_NAME, self.folder / "videos"
         size = path.stat().st_size if path.exists() else None
         before = set(videos.iterdir())
@@ -350,15 +358,40 @@ def keep_video(path: Path, folder: Path) -> str:
     return kept.name
 
 
-def truncate_partial_line(path: Path) -> None:
-    """Remove a last line without a line end, as left by a killed process: the next line would continue it."""
+def repair_last_line(path: Path) -> None:
+    """Complete a last line without a line end, which the next line would continue; nothing is deleted.
+
+    A whole record gets its line end. A part of one, as a killed process leaves it, is moved to a file beside it.
+    """
     if not path.is_file():
         return
-    content = path.read_bytes()
-    partial = content.rpartition(b"\n")[2]
-    if partial:
-        logger.warning("%s ends with a partial line, as left by a killed process; removed it", path)
-        os.truncate(path, len(content) - len(partial))
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        if not size or file.read(1) == b"\n":
+            return
+        file.seek(0)
+        last = file.read().rpartition(b"\n")[2]
+        try:
+            is_whole = isinstance(json.loads(last), dict)
+        except ValueError:
+            is_whole = False
+        if is_whole:
+            file.write(b"\n")
+            return
+        aside = partial_path(path)
+        with aside.open("ab") as kept:
+            kept.write(last + b"\n")
+            kept.flush()
+            os.fsync(kept.fileno())
+        file.truncate(size - len(last))
+    logger.warning("%s ended with a part of a line, as left by a killed process; moved it to %s", path, aside)
+
+
+def partial_path(path: Path) -> Path:
+    """Return the file that keeps parts of lines which a killed process has left in another one."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def utc_now() -> str:

@@ -273,14 +273,31 @@ def test_the_text_of_a_vote_differs_from_its_captions(store, video):
     assert store.add(replace(VOTE, text="As <video> shows."), video).text == "As <video> shows."
 
 
-def test_a_partial_line_is_removed(store, video, caplog):
-    first = store.add(VOTE, video)
-    with (store.folder / "feedback.jsonl").open("a") as file:
+def test_a_partial_line_is_moved_aside(store, video, caplog):
+    """Also one that another process leaves while this one runs, and those of old files; the part is kept."""
+    first = store.add(replace(VOTE, rater="ann"), video)
+    path = store.folder / "feedback.jsonl"
+    with path.open("a") as file:
         file.write('{"date": "2026-11')
-    reopened = FeedbackStore(store.folder)
-    assert "feedback.jsonl ends with a partial line" in caplog.text
-    second = reopened.add(replace(VOTE, choice="first"), video)
-    assert reopened.read() == [first, second]
+    second = store.add(replace(VOTE, choice="first"), video)
+    assert "feedback.jsonl ended with a part of a line" in caplog.text and store.read() == [first, second]
+    with path.open("a") as file:
+        file.write('{"rater": "ann')
+    assert FeedbackStore(store.folder).read() == [first, second]
+    parts = store.folder / "feedback.jsonl.partial"
+    assert parts.read_text() == '{"date": "2026-11\n{"rater": "ann\n'
+    store.forget("ann")
+    assert store.read() == [second] and parts.read_text() == '{"date": "2026-11\n'
+
+
+def test_a_whole_record_without_a_line_end_is_kept(store, video):
+    first, second = store.add(VOTE, video), store.add(replace(VOTE, choice="first"), video)
+    path = store.folder / "feedback.jsonl"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    third = store.add(replace(VOTE, choice="tie"), video)
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    assert FeedbackStore(store.folder).read() == [first, second, third] and path.read_bytes().endswith(b"}\n")
+    assert not (store.folder / "feedback.jsonl.partial").exists()
 
 
 def test_feedback_is_written_completely_or_not_at_all(store, video):
