@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,15 +39,15 @@ _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 class ReviewRow:
     """A caption, or a part of a video that could not be captioned.
 
+    What takes time is measured when it is first needed: a page shows a few rows of many.
+
     Args:
         record: the caption or the failure.
-        num_words: number of words; 0 for a failure.
-        issues: what may be wrong with it.
+        shares_text: whether another clip has the same caption.
     """
 
     record: Caption | Failure
-    num_words: int = 0
-    issues: tuple[Issue, ...] = ()
+    shares_text: bool = False
 
     @property
     def text(self) -> str:
@@ -55,9 +55,34 @@ class ReviewRow:
         return self.record.text if isinstance(self.record, Caption) else self.record.reason
 
     @property
+    def num_words(self) -> int:
+        """Number of words of the caption; 0 for a failure."""
+        return _count_words(self.record.text) if isinstance(self.record, Caption) else 0
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was lost, ignored or guessed when the file was read."""
         return self.record.warnings if isinstance(self.record, Caption) else ()
+
+    @property
+    def issues(self) -> tuple[Issue, ...]:
+        """What may be wrong with it."""
+        return tuple(issue for issue in ISSUES if self.has_issue(issue))
+
+    def has_issue(self, issue: Issue) -> bool:
+        """Return whether this may be wrong with it."""
+        if not isinstance(self.record, Caption):
+            return issue == "failed"
+        is_empty = not self.record.text.strip()
+        tests: dict[Issue, Callable[[Caption], bool]] = {
+            "unfinished": lambda one: not one.finished,
+            "incomplete": lambda one: not one.complete,
+            "warnings": lambda one: bool(one.warnings),
+            "repetitive": lambda one: _is_repetitive(one.text),
+            "same text": lambda one: self.shares_text and not is_empty,
+            "empty": lambda one: is_empty,
+        }
+        return issue in tests and tests[issue](self.record)
 
 
 def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
@@ -81,28 +106,18 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
     videos_by_text: dict[str, set[str]] = {}
     for caption in captions:
         videos_by_text.setdefault(caption.text.strip(), set()).add(caption.video)
-    rows = [to_row(caption, is_repeated=len(videos_by_text[caption.text.strip()]) > 1) for caption in captions]
-    return rows + [ReviewRow(failure, issues=("failed",)) for failure in failures]
-
-
-def to_row(caption: Caption, *, is_repeated: bool = False) -> ReviewRow:
-    """Return a caption as a row; `is_repeated` says that another clip has the same text."""
-    num_words, is_repetitive = _measure(caption.text)
-    found: dict[Issue, bool] = {
-        "unfinished": not caption.finished,
-        "incomplete": not caption.complete,
-        "warnings": bool(caption.warnings),
-        "repetitive": is_repetitive,
-        "same text": is_repeated and bool(caption.text.strip()),
-        "empty": not caption.text.strip(),
-    }
-    return ReviewRow(caption, num_words, tuple(issue for issue in ISSUES if found.get(issue)))
+    rows = [ReviewRow(caption, len(videos_by_text[caption.text.strip()]) > 1) for caption in captions]
+    return rows + [ReviewRow(failure) for failure in failures]
 
 
 @lru_cache(maxsize=1 << 16)  # the web UI reads a file again whenever it has changed
-def _measure(text: str) -> tuple[int, bool]:
-    """Return the number of words, and whether some are repeated."""
-    return count_words(text), count_repeated_words(text)[0] > 0
+def _count_words(text: str) -> int:
+    return count_words(text)
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_repetitive(text: str) -> bool:
+    return count_repeated_words(text)[0] > 0
 
 
 def _outstanding(paths: Sequence[Path], captions: Sequence[Caption]) -> Iterator[Failure]:

@@ -21,6 +21,7 @@ _PRONOUNS = frozenset(("it", "they", "he", "she", "this", "these"))
 _SUBJECTS = frozenset(("a", "an", "the", "another", "there", "here", "we", "you", "i", "one", "some", "two", "three"))
 # Shorter parts of a sentence ("red circle") recur in good prose too ("a red circle and a blue square").
 _MIN_WORDS = 3
+_RUN = re.compile(r"\w+")
 _LOOP = re.compile(r"\b(\w+(?: \w+){0,7}?)(?: \1){2,}\b")
 
 
@@ -175,4 +176,7 @@ def _split(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterato
 
 
 def _count_looped_words(words: str) -> int:
+    runs = _RUN.findall(words)
+    if len(runs) - len(set(runs)) < 2:  # no word occurs three times, which is much faster to see
+        return 0
     return sum(len(loop[0].split()) - len(loop[1].split()) for loop in _LOOP.finditer(words))

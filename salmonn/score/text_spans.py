@@ -53,7 +53,8 @@ def find_all_quotes(quote: str, text: str) -> Iterator[CharSpan]:
 
 def count_words(text: str) -> int:
     """Return the number of words; "low-pitched" counts as two, because some write it so."""
-    return len(_split_words(text))
+    words = WORD.findall(text)
+    return len(words) + sum(len(_WORD_JOINER.findall(word)) for word in words)
 
 
 def overlap(span: CharSpan, other: CharSpan) -> bool:

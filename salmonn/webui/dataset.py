@@ -18,7 +18,7 @@ from salmonn.batch.discovery import is_media
 from salmonn.batch.edits import Edit, EditableCaptions
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger_files import SUBTITLES_SUFFIX
-from salmonn.batch.review import ReviewRow, find_video
+from salmonn.batch.review import ISSUES, ReviewRow, find_video
 from salmonn.batch.subtitles import SubtitleFormat, SubtitleWriter
 from salmonn.batch.thumbnails import submit_thumbnail, to_data_url
 from salmonn.caption.loader import ClipReader
@@ -250,8 +250,11 @@ class Dataset:
 
 
 def _filter_test(show: str, rows: Sequence[DatasetRow]) -> Callable[[DatasetRow], bool]:
-    lengths = [one.row.num_words for one in rows if isinstance(one.row.record, Caption)]
-    middle = median(lengths or [0])
+    if show in ISSUES:
+        return lambda one: one.row.has_issue(show)
+    middle = 0.0
+    if show in ("short", "long"):
+        middle = median([one.row.num_words for one in rows if isinstance(one.row.record, Caption)] or [0])
     rewards = sorted(one.reward for one in rows if one.reward is not None)
     low = rewards[len(rewards) // 10] if rewards else 0.0
 
@@ -267,7 +270,7 @@ def _filter_test(show: str, rows: Sequence[DatasetRow]) -> Callable[[DatasetRow]
         "edited": lambda one: one.review == "edited",
         "accepted": lambda one: one.review == "accepted",
     }
-    return tests.get(show, lambda one: show in one.row.issues)
+    return tests[show]
 
 
 def _clip_key(record: Caption | Failure) -> ClipKey:

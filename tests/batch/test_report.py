@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salmonn.batch.review import Bar, find_video, read_rows, to_row, word_histogram
+from salmonn.batch.review import Bar, ReviewRow, find_video, read_rows, word_histogram
 from salmonn.batch.thumbnails import PIXELS, submit_thumbnail
 from salmonn.caption.loader import ClipReader
 from salmonn.media.clip import read_clip
@@ -23,7 +23,7 @@ VERSION = dict(size_bytes=5, modified_ns=7)
 
 
 def issues_of(**fields: object) -> tuple[str, ...]:
-    return to_row(Caption("a.mp4", **({"text": "A dog barks."} | fields))).issues
+    return ReviewRow(Caption("a.mp4", **({"text": "A dog barks."} | fields))).issues
 
 
 def test_issues():
@@ -75,7 +75,7 @@ def test_fused_captions_and_versions_by_etag(tmp_path):
 
 def test_histogram():
     def bars(*lengths: int) -> list[Bar]:
-        return word_histogram([to_row(Caption("a.mp4", " ".join(map(str, range(n))))) for n in lengths], max_bars=4)
+        return word_histogram([ReviewRow(Caption("a.mp4", " ".join(map(str, range(n))))) for n in lengths], max_bars=4)
 
     assert bars(1, 1, 3) == [Bar(0, 0, 0), Bar(1, 1, 2), Bar(2, 2, 0), Bar(3, 3, 1)]
     assert bars(1, 4) == [Bar(0, 1, 1), Bar(2, 3, 0), Bar(4, 5, 1)]

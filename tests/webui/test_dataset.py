@@ -11,6 +11,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from salmonn.batch import review
 from salmonn.batch.edits import Edit, EditableCaptions
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.review import ReviewRow
@@ -18,6 +19,7 @@ from salmonn.caption.loader import ClipReader
 from salmonn.preference.feedback import FeedbackStore, read_feedback
 from salmonn.preference.rating import Rating, rewards_by_sample
 from salmonn.records import Caption, write_records
+from salmonn.score.repetition import count_repeated_words
 from salmonn.webui.dataset import Dataset, DatasetVideos, Replacement
 from salmonn.webui.dataset_tab import DatasetTab, _difference
 from tests.score.browser import needs_browser
@@ -65,6 +67,23 @@ def test_filters(dataset):
     assert numbers(again, "edited") == [1] and numbers(again, "accepted") == [3]
     dataset.edit([Edit(3, "Rain.", "Rain falls.")])
     assert numbers(dataset, "edited") == [1, 3] and numbers(dataset, "accepted") == []
+
+
+def test_a_page_measures_its_own_rows_alone(tmp_path, clips, reader, monkeypatch):
+    """Finding repetition takes milliseconds for each caption, which would add up to minutes in a large file."""
+    measured = []
+
+    def count(text):
+        measured.append(text)
+        return count_repeated_words(text)
+
+    monkeypatch.setattr(review, "count_repeated_words", count)
+    review._is_repetitive.cache_clear()
+    rows = Dataset(
+        EditableCaptions(write_dataset(tmp_path, clips)), FeedbackStore(tmp_path / "votes"), reader, clips.root
+    ).find(show="to review", search="red circle")
+    assert len(rows) > 5 and not measured
+    assert rows[0].row.issues == () and measured == [rows[0].row.text]
 
 
 def test_low_rewards(dataset):
