@@ -120,6 +120,7 @@ class Shaping:
         num_answers: number of answers, the first included.
         language: language that was requested; None if none was. The answer is not checked.
         draft: caption of the first stage, which the caption was made from; None without a second stage.
+        bare: the caption without trigger, prefix and suffix, and what else a template adds; None if nothing is added.
     """
 
     length: LengthStatus | None = None
@@ -128,6 +129,7 @@ class Shaping:
     num_answers: int = 1
     language: str | None = None
     draft: str | None = None
+    bare: str | None = None
 
     @property
     def is_met(self) -> bool:

@@ -27,7 +27,7 @@ from salmonn.batch.ledger_files import (
 )
 from salmonn.batch.review import ReviewRow, read_rows
 from salmonn.batch.transcripts import Transcript
-from salmonn.records import Caption, Failure
+from salmonn.records import Caption, Failure, Shaping
 
 _Signature = tuple[tuple[Path, int, int, int], ...]
 
@@ -173,7 +173,17 @@ class EditableCaptions:
 def _with_text(caption: Caption, text: str) -> Caption:
     """Return a caption with a person's text: it is not cut off, and its probability is not known."""
     named = {name: text if said == caption.text else said for name, said in caption.captions.items()}
-    return replace(caption, text=text, captions=named, finished=True, logprob=None, num_tokens=None)
+    shaping = {name: _with_bare(one, caption, text) for name, one in caption.shaping.items()}
+    return replace(caption, text=text, shaping=shaping, captions=named, finished=True, logprob=None, num_tokens=None)
+
+
+def _with_bare(shaping: Shaping, caption: Caption, text: str) -> Shaping:
+    """Return the shaping of an edited text: its templates are those around the text before, if the edit left them."""
+    if shaping.bare is None or shaping.bare not in caption.text:
+        return shaping
+    head, _, tail = caption.text.partition(shaping.bare)
+    is_kept = text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail)
+    return replace(shaping, bare=text[len(head) : len(text) - len(tail)] if is_kept else None)
 
 
 def _key(record: Caption | Failure) -> tuple[object, ...]:

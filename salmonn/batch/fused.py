@@ -6,11 +6,14 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
+from salmonn.batch.containers import source_path
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.fetch import Fetcher
 from salmonn.batch.ledger_files import append_records, hash_key, read_complete, repair_last_line
+from salmonn.caption.fields import clip_fields, find_fields
 from salmonn.caption.fusion import FactCheck, FusionError, Writer, fuse
+from salmonn.caption.shape import CaptionShape
 from salmonn.records import Caption, write_records
 
 
@@ -43,6 +46,7 @@ def fuse_captions(
     load: Callable[[], tuple[Writer | None, FactCheck | None]],
     on_failure: Callable[[str], object],
     fetcher: Fetcher | None = None,
+    shape: CaptionShape | None = None,
 ) -> FusionStats:
     """Write one caption for each video; those whose segments and settings are the same as before are kept.
 
@@ -53,6 +57,7 @@ def fuse_captions(
         load: returns writer and check, see `fuse`; called once there is a video to fuse.
         on_failure: called with the reason of each failure; a later run tries these videos again.
         fetcher: fetches remote videos for a writer that sees them; None for one that does not.
+        shape: shape of the captions, whose trigger and templates a fused caption gets once; None for none.
 
     Raises:
         LLMStoppedError: the server of the writer or the judge takes no further request.
@@ -70,7 +75,7 @@ def fuse_captions(
             stats.fused_before += 1
             continue
         try:
-            fused = _fuse(group, *load(), fetcher)
+            fused = _finish(_fuse(group, *load(), fetcher), shape)
         except FusionError as error:
             stats.failed += 1
             on_failure(f"{group[0].video} is not fused: {error}")
@@ -99,6 +104,20 @@ def _fuse(group: Sequence[Caption], writer: Writer | None, check: FactCheck | No
         raise FusionError(fetcher.explain(video, str(error))) from error
     finally:
         fetcher.release(video)
+
+
+def _finish(fused: Caption, shape: CaptionShape | None) -> Caption:
+    """Add the trigger and the templates; raises a FusionError for a {sidecar} that cannot be read."""
+    if shape is None:
+        return fused
+    source = source_path(fused.video)
+    seconds = (fused.end_seconds or 0.0) - (fused.start_seconds or 0.0)
+    place, names = source or Path(fused.video), {name for text in shape.output_templates for name in find_fields(text)}
+    try:
+        values = clip_fields(names, place, seconds=seconds, is_local=source is None)
+    except ValueError as error:
+        raise FusionError(str(error)) from error
+    return replace(fused, text=shape.finish(fused.text, values))
 
 
 def _sources(out: Path) -> dict[bytes, str]:

@@ -133,9 +133,14 @@ class Ledger:
         self._stack.close()
 
     def update_job(self, settings: Mapping[str, Any]) -> None:
-        """Replace settings that were not known before, such as what a server accepts; nothing may be written yet."""
+        """Replace settings that were not known before, such as what a server accepts; nothing may be written yet.
+
+        Raises:
+            LedgerError: earlier captions were made with others.
+        """
         assert not self._has_job_file
         self._job |= json.loads(json.dumps(settings))
+        _require_same_job(self.files, self._job)
 
     def status(self, found: VideoFile | Failure) -> Status:
         """Look up what earlier runs did with a file as it is now, or with a folder that cannot be listed.

@@ -96,6 +96,7 @@ class LedgerFiles:
         failed: failures of this process.
         subtitles: log of the subtitle files that this process wrote.
         shots: log of the shots that this process found.
+        fused: captions of whole videos, made from those of their segments.
         lock: lock that the writing process holds.
         job: settings of the run, shared by all shards.
     """
@@ -106,6 +107,7 @@ class LedgerFiles:
     failed: Path = field(init=False, compare=False)
     subtitles: Path = field(init=False, compare=False)
     shots: Path = field(init=False, compare=False)
+    fused: Path = field(init=False, compare=False)
     lock: Path = field(init=False, compare=False)
     job: Path = field(init=False, compare=False)
 
@@ -115,6 +117,7 @@ class LedgerFiles:
         self.failed = self.out.with_name(stem + FAILED_SUFFIX)
         self.subtitles = self.out.with_name(stem + SUBTITLES_SUFFIX)
         self.shots = self.out.with_name(stem + SHOTS_SUFFIX)
+        self.fused = self.out.with_name(stem + FUSED_SUFFIX)
         self.lock = self.out.with_name(f".{stem}{self.out.suffix}.lock")
         self.job = self.out.with_name(self.out.stem + JOB_SUFFIX)
 

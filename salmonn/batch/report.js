@@ -68,7 +68,9 @@ function picture(row) {
 }
 
 function card(row, words) {
-  const title = element("h3", {}, marked(row.video, words));
+  const name = row.video.lastIndexOf("/") + 1;
+  const folder = name ? [element("span", { name: "folder" }, marked(row.video.slice(0, name), words))] : [];
+  const title = element("h3", {}, [...folder, ...marked(row.video.slice(name), words)]);
   const details = [row.span, row.sample && `sample ${row.sample}`, !row.issues?.includes("failed") && `${row.words} word${row.words === 1 ? "" : "s"}`];
   title.append(" ", element("small", { text: details.filter(Boolean).join(" · ") }));
   const text = element("p", { name: "caption", dir: "auto" }, marked(row.text ?? "", words));

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from salmonn import __version__
 from salmonn.batch.review import ISSUE_MEANINGS, ReviewRow, find_video, word_histogram
-from salmonn.batch.thumbnails import submit_thumbnail, to_data_url
+from salmonn.batch.thumbnails import describe_missing, submit_thumbnail, to_data_url
 from salmonn.caption.loader import ClipReader
 from salmonn.media.container import ClipError
 from salmonn.records import Caption, Modality, write_text
@@ -67,6 +67,7 @@ def make_thumbnails(
         progress: called after each clip.
     """
     futures: dict[tuple[object, ...], Future[bytes]] = {}
+    paths: dict[int, Path] = {}
     pending: list[Future[bytes] | str] = []
     links = []
     for row in rows:
@@ -80,6 +81,7 @@ def make_thumbnails(
                 futures[key] = submit_thumbnail(
                     reader, path, start_seconds=one.start_seconds, end_seconds=one.end_seconds
                 )
+                paths[id(futures[key])] = path
             result = futures.get(key)
         except ValueError as error:
             result = str(error)
@@ -92,7 +94,7 @@ def make_thumbnails(
             images.append(to_data_url(future.result()))
             done[id(future)] = len(images) - 1
         except ClipError as error:
-            done[id(future)] = str(error)
+            done[id(future)] = describe_missing(error, paths[id(future)])
         progress()
     return Thumbnails(images, [one if isinstance(one, str) else done[id(one)] for one in pending], links)
 
@@ -127,6 +129,9 @@ def write_report(
         highest=max([bar.count for bar in histogram] or [1]),
         issues=[(issue, ISSUE_MEANINGS[issue], issues[issue]) for issue in ISSUE_MEANINGS],
         given=[(name, given[modality]) for modality, name in _SEEN_AND_HEARD.items() if given[modality]],
+        models=Counter(
+            row.record.model for row in captions if isinstance(row.record, Caption) and row.record.model
+        ).most_common(),
         num_rows=len(rows),
         rows=_to_json([_to_values(*one) for one in zip(rows, thumbnails.numbers, thumbnails.links, strict=True)]),
         blocks=[
@@ -148,7 +153,7 @@ def _to_values(row: ReviewRow, image: int | str, link: str) -> Mapping[str, Any]
     sample = one.sample if isinstance(one, Caption) else 0
     values = {
         "video": one.video,
-        "text": row.text,
+        "text": row.text if isinstance(one, Caption) else row.text.removeprefix(f"{one.video}: "),
         "words": row.num_words,
         "issues": row.issues,
         "notes": row.notes,

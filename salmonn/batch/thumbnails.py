@@ -72,6 +72,12 @@ def _to_jpeg(clip: Clip) -> bytes:
     return content.getvalue()
 
 
+def describe_missing(error: ClipError, path: Path) -> str:
+    """Return why a clip has no thumbnail, without its path, which stands beside the place of the thumbnail."""
+    reason = str(error).replace(f"{path}: ", "").replace(str(path), path.name)
+    return "sound only" if reason.startswith("has no video;") else reason
+
+
 def to_data_url(jpeg: bytes) -> str:
     """Return a JPEG file as a data URL."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from salmonn.caption.generator import BatchCaptioner, CaptionRequest, Span
+from salmonn.caption.shape import ONLY_CAPTION
 from salmonn.records import Caption, Event, Failure, Fusion, Reference, Score, Unscored
 from salmonn.score.judge import Judge, ScoringTask
 
@@ -125,7 +126,7 @@ class FactCheck:
             FusionError: a caption cannot be split into events.
             LLMStoppedError: the judge's server takes no further request.
         """
-        named = [Reference(f"{one.video} {number}", caption=one.text) for number, one in enumerate(captions)]
+        named = [Reference(f"{one.video} {number}", caption=bare_text(one)) for number, one in enumerate(captions)]
         try:
             split = self.split([one for one in named if one.caption.strip()])
         except ValueError as error:
@@ -218,6 +219,12 @@ def fuse(
     )
 
 
+def bare_text(caption: Caption) -> str:
+    """Return a caption without trigger and templates, which a fused caption gets once."""
+    bare = caption.shaping[ONLY_CAPTION].bare if ONLY_CAPTION in caption.shaping else None
+    return (caption.text if bare is None else bare).strip()
+
+
 def join_by_rule(parts: "Sequence[_Part]") -> str:
     """Return the texts one after the other with their times, those of equal neighbours once."""
     if len(parts) == 1:
@@ -240,7 +247,7 @@ def _to_parts(captions: Sequence[Caption], check: FactCheck | None) -> list[_Par
         start, end = caption.start_seconds or 0.0, caption.end_seconds
         if end is None and len(captions) > 1:
             raise FusionError(f"{caption.video}: a caption has no end time; caption it with --segments")
-        text = caption.text.strip()
+        text = bare_text(caption)
         if parts and parts[-1].text == text:
             parts[-1] = replace(parts[-1], end_seconds=end or start)
         else:

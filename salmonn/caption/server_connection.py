@@ -20,6 +20,7 @@ from salmonn.caption.server import DEFAULT_TOKENS, AnswerError, ServerCaptioner
 from salmonn.caption.server_messages import Part, audio_part, image_part
 from salmonn.caption.server_options import ServerInput, ServerOptions
 from salmonn.records import Modality
+from salmonn.score.budget import Budget
 from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError, ServedModel, SpendCapError
 from salmonn.score.llm_protocol import ChatRequest
 
@@ -43,6 +44,7 @@ def connect_captioner(
     cuts_files: bool = False,
     max_new_tokens: int | None = None,
     reader: str = "pyav",
+    budget: Budget | None = None,
 ) -> ServerCaptioner:
     """Connect to a server, and test with short clips that it takes what the requests will need.
 
@@ -52,12 +54,13 @@ def connect_captioner(
         cuts_files: whether they need a part of a file, or a number of frames.
         max_new_tokens: token limit of their captions; None for the captioner's own.
         reader: decoder of video frames, see `read_clip`.
+        budget: see `ServerCaptioner`.
 
     Raises:
         ValueError: the server is unreachable, is no such server, refuses the key, lacks the model, or does not take the
             clips; or the model does not hear.
     """
-    captioner = ServerCaptioner(options, reader=reader)
+    captioner = ServerCaptioner(options, reader=reader, budget=budget)
     models = captioner.client.list_models()
     captioner.is_own = _is_own(models or [], options.server_model)
     client = captioner.client

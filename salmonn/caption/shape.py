@@ -11,16 +11,17 @@ prefills a clip once for all its first questions. Nothing here imports torch.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from salmonn.caption.fields import CLIP_FIELDS, check_template, clip_fields, fill, find_fields
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.generator import Generator as CaptionGenerator
 from salmonn.caption.length import WordRange, cut_at_sentence, drop_unfinished_sentence, sentence_ends
-from salmonn.caption.text_model import load_text_model
+from salmonn.caption.text_model import REFINE_KEY_FLAG, load_text_model
 from salmonn.media.index import measured_seconds
 from salmonn.records import Caption, Failure, LengthStatus, Shaping
+from salmonn.score.budget import Budget
 from salmonn.score.config import LLMConfig
 from salmonn.score.text_spans import count_words, find_quote
 
@@ -167,8 +168,7 @@ class CaptionShape:
             history = (*question.history, (question.prompt or "", answer.text))
             question = replace(question, prompt=" ".join(complaints), history=history)
         best = min(answers, key=lambda one: one.rank)
-        values = {**values, "caption": best.text, "trigger": self.trigger}
-        text = "".join(fill(template, values) for template in self.output_templates)
+        text = self.finish(best.text, values)
         shaping = Shaping(
             length=_length_status(best, answers) if self.words else None,
             missing_words=best.missing,
@@ -176,8 +176,14 @@ class CaptionShape:
             num_answers=len(answers),
             language=self.language,
             draft=None if draft is None else draft.text,
+            bare=None if text == best.text else best.text,
         )
         return ShapedText(text, best.answer, first, shaping)
+
+    def finish(self, text: str, values: Mapping[str, str]) -> str:
+        """Return a caption with what the templates put around it; `values` are those of the fields about the clip."""
+        values = {**values, "caption": text, "trigger": self.trigger}
+        return "".join(fill(template, values) for template in self.output_templates)
 
     def _requests(self) -> list[str]:
         """Return the sentences that ask for the shape."""
@@ -285,11 +291,13 @@ class Shape:
         captions: their shapes by name, in the order in which they are reported.
         is_named: whether the names were given by the user, so that each text is reported under its name.
         text_model: the text model of second stages, if one of them has one.
+        budget: what the text model may spend, together with other servers; None for no limit.
     """
 
     captions: Mapping[str, CaptionShape]
     is_named: bool = False
     text_model: LLMConfig | None = None
+    budget: Budget | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if any(one.by_text_model for one in self.captions.values()) != (self.text_model is not None):
@@ -352,7 +360,9 @@ def shape_captions(
             continue
         for name, one in shape.captions.items():
             dialogues[index, name] = one.dialogue(request, values)
-    text_model = load_text_model(shape.text_model) if shape.text_model else None
+    text_model = None
+    if shape.text_model is not None:
+        text_model = load_text_model(shape.text_model, budget=shape.budget, key_flag=REFINE_KEY_FLAG)
     texts = run_dialogues(dialogues, failures, answer=answer, answer_text=text_model.answer if text_model else None)
     return [
         failures[index]

@@ -9,7 +9,9 @@ from salmonn.records import Caption
 from salmonn.score.config import LLMConfig
 
 if TYPE_CHECKING:
+    from salmonn.score.budget import Budget
     from salmonn.score.llm_client import LLMClient
+REFINE_KEY_FLAG = "--refine-api-key-env"
 
 
 class TextModel:
@@ -50,14 +52,14 @@ class TextModel:
         )
 
 
-def text_model_config(*, url: str | None, model: str) -> LLMConfig:
+def text_model_config(*, url: str | None, model: str, api_key_env: str | None = None) -> LLMConfig:
     """Return the settings of a text model; raises a ValueError for an address that cannot be used."""
-    return LLMConfig(model=model, base_url=url, structured="never")
+    return LLMConfig(model=model, base_url=url, api_key_env=api_key_env, structured="never")
 
 
 @cache
-def load_text_model(config: LLMConfig) -> TextModel:
-    """Return the text model with these settings, the same one each time."""
+def load_text_model(config: LLMConfig, *, budget: "Budget | None" = None, key_flag: str) -> TextModel:
+    """Return the text model with these settings, the same one each time; see `ChatClient`."""
     from salmonn.score.llm_client import LLMClient  # noqa: PLC0415 - imports openai
 
-    return TextModel(LLMClient(config))
+    return TextModel(LLMClient(config, budget=budget, key_flag=key_flag))

@@ -19,8 +19,14 @@ from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
 from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, column_setting, fetch_config, job_config
-from salmonn.cli.caption_outputs import remote_output, write_folders
-from salmonn.cli.caption_server import keep_server_input, load_server, server_settings
+from salmonn.cli.caption_outputs import remote_output, report_unwritten, write_folders
+from salmonn.cli.caption_server import (
+    keep_server_input,
+    load_server,
+    report_spending,
+    require_one_process,
+    server_settings,
+)
 from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
 from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner, plural
@@ -29,12 +35,13 @@ from salmonn.records import Caption
 if TYPE_CHECKING:
     from salmonn.batch.dataset import DatasetWriter
     from salmonn.batch.discovery import VideoListing
+    from salmonn.batch.export import LatestCaptions
     from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import CaptionJob, JobConfig, RunStats, VideoResult
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.batch.shot_log import ShotLog
-    from salmonn.batch.subtitles import SubtitleWriter
+    from salmonn.batch.subtitles import SubtitleFormat, SubtitleWriter
     from salmonn.caption.generator import BatchCaptioner
     from salmonn.caption.worker import WorkerLimits
 
@@ -116,16 +123,19 @@ def _print_captions(captions: Sequence[Caption]) -> None:
 
 def _caption(values: Namespace, *, to_stdout: bool) -> int:
     """Run this process's share; return the number of videos without a caption, or with a failed part."""
+    from salmonn.batch.export import LatestCaptions
     from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.caption.worker import WorkerLimits
 
+    require_one_process(values)
     listing = list_videos(values)
     files = LedgerFiles(values.out, listing.shard)
     ledger = _open_ledger(values, files)
     config, limits = job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
     load = cache(partial(_load, values, ledger))
     with ledger, ExitStack() as stack:
+        stack.callback(report_spending, values)
         dataset = _open_dataset(values, files)
         report_state(ledger)
         subtitles = subtitle_writer(values, files, limits)
@@ -143,12 +153,14 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
         job.finish()
         write_tables(values, files)
         num_unwritten = write_folders(values, files)
-        num_unfused = 0
+        num_unfused, fused = 0, None
         if values.fuse:
             fetch = fetch_config(values)
             num_unfused = run_fusion(values, files, config=config, limits=limits, fetch=fetch, load=load)
-        if dataset:
-            num_written = dataset.write()
+            fused = LatestCaptions([files.fused]) if files.fused.exists() else None
+            num_unwritten += _write_fused_texts(values, files, fused, limits)
+        if dataset and not (values.fuse and fused is None):
+            num_written = dataset.write(fused)
             if not values.quiet:
                 sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset.path}\n")
     if not values.quiet:
@@ -173,12 +185,30 @@ def _open_dataset(values: Namespace, files: "LedgerFiles") -> "DatasetWriter | N
 
 def subtitle_writer(values: Namespace, files: "LedgerFiles", limits: "WorkerLimits") -> "SubtitleWriter | None":
     """Return what writes the files that --export asks for beside the videos."""
-    from salmonn.batch.ledger_files import SUBTITLES_SUFFIX
-    from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
+    from salmonn.batch.subtitles import SUBTITLE_FORMATS
 
-    formats = [name for name in SUBTITLE_FORMATS if name in values.export]
-    if not formats:
-        return None
+    # A text file beside a video has its fused caption, which is written later.
+    later = ["txt"] if values.get("fuse") else []
+    formats = [name for name in SUBTITLE_FORMATS if name in values.export and name not in later]
+    return _open_subtitles(values, files, limits, formats) if formats else None
+
+
+def _write_fused_texts(
+    values: Namespace, files: "LedgerFiles", fused: "LatestCaptions | None", limits: "WorkerLimits"
+) -> int:
+    """Write the text files that --export asks for with fused captions; return the number of those that failed."""
+    if fused is None or "txt" not in values.export:
+        return 0
+    with _open_subtitles(values, files, limits, ["txt"]) as texts:
+        return report_unwritten([failure for caption in fused for failure in texts.write([caption])])
+
+
+def _open_subtitles(
+    values: Namespace, files: "LedgerFiles", limits: "WorkerLimits", formats: "Sequence[SubtitleFormat]"
+) -> "SubtitleWriter":
+    from salmonn.batch.ledger_files import SUBTITLES_SUFFIX
+    from salmonn.batch.subtitles import SubtitleWriter
+
     return SubtitleWriter(
         formats,
         log=files.subtitles,

@@ -12,7 +12,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.presets import ExportFormat
 from salmonn.caption.segments import FixedSegments, SegmentRule, ShotDetectorName, ShotSegments
 from salmonn.cli.caption_outputs import out_path, resolve_out
-from salmonn.cli.caption_server import add_server_options, server_options
+from salmonn.cli.caption_server import add_budget, add_server_options, server_options
 from salmonn.cli.context_options import CONTEXT_SETTINGS, add_context_options, speech_context
 from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
 from salmonn.cli.options import add_model_options, add_subtitle_options
@@ -183,6 +183,7 @@ def check_options(values: Namespace) -> None:
     job_config(values)
     server_options(values)
     check_fuse_options(values)
+    add_budget(values)
     fetch_config(values)
     _check_remote(values)
     shard = Shard.parse(values.shard) if values.shard else Shard()

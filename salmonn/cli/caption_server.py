@@ -1,21 +1,28 @@
 """Options of `salmonn caption` for captioning through a server in place of a local model."""
 
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import Namespace
 
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.server_options import ServerInput, ServerOptions
+from salmonn.caption.server_options import KEY_FLAG, ServerInput, ServerOptions
+from salmonn.caption.text_model import REFINE_KEY_FLAG
+from salmonn.cli.fuse_options import FUSE_KEY_FLAG, fuse_server_config
 from salmonn.config import MAY_CHANGE, FlagParser
 from salmonn.records import read_json
+from salmonn.score.api_keys import find_api_key
+from salmonn.score.config import LLMConfig
 
 if TYPE_CHECKING:
     from salmonn.batch.ledger import Ledger
     from salmonn.caption.server import ServerCaptioner
 
+SPEND_CAPS = ("max_requests", "max_tokens_total")
+OWN_SOFTWARE = "salmonn serve"
 _OPTIONS = {field.name: field for field in fields(ServerOptions)}
 # Not the address: the same model may be served elsewhere when the run is resumed.
 SERVER_SETTINGS = tuple(
@@ -43,8 +50,11 @@ def server_options(values: Namespace) -> ServerOptions:
     """
     options = ServerOptions(**{name: values[name] for name in _OPTIONS})
     if options.server is None:
-        if wrong := [name for name, field in _OPTIONS.items() if values[name] != field.default]:
+        changed = [name for name, field in _OPTIONS.items() if values[name] != field.default]
+        if wrong := [name for name in changed if name not in SPEND_CAPS]:
             raise ValueError(f"{_flag(wrong[0])} has no effect without --server")
+        if changed and not has_text_models(values):
+            raise ValueError(f"{_flag(changed[0])} has no effect without --server, or the server of a text model")
         return options
     if wrong := [name for name, unset in _LOCAL_OPTIONS.items() if values[name] != unset]:
         raise ValueError(f"{_flag(wrong[0])} is for local models; remove it, or remove --server")
@@ -53,16 +63,64 @@ def server_options(values: Namespace) -> ServerOptions:
     return options
 
 
+def has_text_models(values: Namespace) -> bool:
+    """Return whether a run sends texts to a server: to refine captions, to fuse them, or to judge that."""
+    return values.refine_model is not None or values.fuse_model is not None
+
+
+def add_budget(values: Namespace) -> None:
+    """Set `values.budget`, the budget of all servers of a run, and give it to the shape of the captions.
+
+    Raises:
+        ValueError: an API key is not set, or a cap would not be one: processes of a cluster count by themselves.
+    """
+    values.budget = server_options(values).budget()
+    if values.engine != "ray":
+        if values.shape is not None and values.shape.text_model is not None:
+            values.shape = replace(values.shape, budget=values.budget)
+    elif values.refine_model and (given := [name for name in SPEND_CAPS if values[name] is not None]):
+        raise ValueError(f"{_flag(given[0])} cannot be kept by the actors of a cluster; use it without --engine ray")
+    for config, flag in _servers(values):
+        find_api_key(config, flag=flag)
+
+
+def report_spending(values: Namespace) -> None:
+    """Print what the run has spent on servers."""
+    if (spent := values.budget.describe()) and not values.quiet:
+        sys.stderr.write(f"requests to servers: {spent}\n")
+
+
+def require_one_process(values: Namespace) -> None:
+    """Raise a ValueError where each process would spend a budget of its own."""
+    from salmonn import dist
+
+    if dist.world_size() > 1 and (given := [name for name in SPEND_CAPS if values[name] is not None]):
+        raise ValueError(f"{_flag(given[0])} counts the requests of one process; start it without torchrun")
+
+
+def _servers(values: Namespace) -> "Iterator[tuple[LLMConfig, str]]":
+    """Yield the servers of a run, each with the flag for its API key."""
+    if values.server is not None:
+        yield server_options(values).llm_config(), KEY_FLAG
+    if values.shape is not None and values.shape.text_model is not None:
+        yield values.shape.text_model, REFINE_KEY_FLAG
+    if values.fuse_model is not None:
+        yield fuse_server_config(values), FUSE_KEY_FLAG
+
+
 def server_settings(values: Namespace) -> dict[str, object]:
     """Return the settings that captions of a server depend on."""
-    return {name: values[name] for name in SERVER_SETTINGS}
+    return {name: values[name] for name in (*SERVER_SETTINGS, "server_software")}
 
 
 def keep_server_input(values: Namespace, job_file: Path) -> None:
-    """Send clips as an earlier run did: what `auto` chose for it is among its settings."""
-    if values.server and values.server_input == "auto" and not values.overwrite and job_file.exists():
-        chosen = read_json(job_file).get("server_input")
-        values.server_input = chosen if chosen in get_args(ServerInput) else "auto"
+    """Send clips as an earlier run did: what `auto` chose, and what the server was, are among its settings."""
+    values.server_software = None
+    if values.server and not values.overwrite and job_file.exists():
+        before = read_json(job_file)
+        values.server_software = before.get("server_software")
+        if values.server_input == "auto" and before.get("server_input") in get_args(ServerInput):
+            values.server_input = before["server_input"]
 
 
 def load_server(values: Namespace, ledger: "Ledger") -> "ServerCaptioner":
@@ -79,10 +137,12 @@ def load_server(values: Namespace, ledger: "Ledger") -> "ServerCaptioner":
         cuts_files=any(part is not None for part in parts),
         max_new_tokens=values.max_new_tokens,
         reader=values.reader,
+        budget=values.budget,
     )
     speech = () if values.context else None  # refused before the first clip, not at the first one with a transcript
     captioner.read_spec(CaptionRequest(Path(), values.prompt, speech=speech), values.shape)
     values.server_input = captioner.input
+    values.server_software = OWN_SOFTWARE if captioner.is_own else None  # it is asked in another way than others
     ledger.update_job(server_settings(values))
     if not values.quiet:
         sys.stderr.write(f"clips are sent to {captioner.name} as {captioner.input}\n")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from salmonn.caption.worker import WorkerLimits
 
 FuseKind = Literal["rule", "model", "text-model"]
-_FLAGS = ("fuse_server", "fuse_model", "fuse_judge")
+FUSE_KEY_FLAG = "--fuse-api-key-env"
+_FLAGS = ("fuse_server", "fuse_model", "fuse_judge", "fuse_api_key_env")
 
 
 def add_fuse_options(parser: FlagParser) -> None:
@@ -39,6 +40,8 @@ def add_fuse_options(parser: FlagParser) -> None:
     server = "OpenAI-compatible server of the text model, such as http://localhost:8000/v1 (default: OpenAI's)"
     group.add_argument("--fuse_server", type=str | None, default=None, help=server)
     group.add_argument("--fuse_model", type=str | None, default=None, help="name of the text model on its server")
+    key = "name of the environment variable with that server's API key (default: see --server-api-key-env)"
+    group.add_argument("--fuse_api_key_env", type=str | None, default=None, help=key)
     limit = "token limit of a text by --fuse model (default: --max-new-tokens or the model's own limit, the higher one)"
     group.add_argument("--fuse_max_new_tokens", type=int | None, default=None, help=limit)
     judges = (
@@ -67,10 +70,10 @@ def check_fuse_options(values: Namespace) -> None:
     needs_model = values.fuse == "text-model" or values.fuse_judge == "openai"
     if needs_model and not values.fuse_model:
         raise ValueError("the text model needs its name on the server: add --fuse-model")
-    if not needs_model and (values.fuse_model or values.fuse_server):
+    if not needs_model and (values.fuse_model or values.fuse_server or values.fuse_api_key_env):
         raise ValueError(f"{given[0]} is for --fuse text-model and --fuse-judge openai; add one of them or remove it")
     if needs_model:
-        _llm_config(values)
+        fuse_server_config(values)
 
 
 def _check_token_limit(values: Namespace) -> None:
@@ -106,11 +109,11 @@ def run_fusion(
     from salmonn.batch.export import LatestCaptions
     from salmonn.batch.fetch import Fetcher
     from salmonn.batch.fused import fuse_captions
-    from salmonn.batch.ledger_files import FUSED_SUFFIX
+    from salmonn.caption.shape import ONLY_CAPTION
     from salmonn.caption.text_model import load_text_model, text_model_config
 
     latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
-    out = files.captions.with_name(files.captions.stem + FUSED_SUFFIX)
+    out = files.fused
     with ExitStack() as stack:
         fetcher = stack.enter_context(Fetcher(fetch)) if values.fuse == "model" else None
 
@@ -119,7 +122,10 @@ def run_fusion(
             if values.fuse == "model":
                 writer = _captioner_writer(values, load(), config, limits, stack)
             elif values.fuse == "text-model":
-                writer = load_text_model(text_model_config(url=values.fuse_server, model=values.fuse_model))
+                server = text_model_config(
+                    url=values.fuse_server, model=values.fuse_model, api_key_env=values.fuse_api_key_env
+                )
+                writer = load_text_model(server, budget=values.budget, key_flag=FUSE_KEY_FLAG)
             return writer, _fact_check(values)
 
         stats = fuse_captions(
@@ -129,6 +135,7 @@ def run_fusion(
             load=load_all,
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
             fetcher=fetcher,
+            shape=None if values.shape is None else values.shape.captions.get(ONLY_CAPTION),
         )
     if not values.quiet:
         before = f", {stats.fused_before} there already" if stats.fused_before else ""
@@ -160,8 +167,11 @@ def _captioner_writer(
     )
 
 
-def _llm_config(values: Namespace) -> JudgeConfig:
-    return JudgeConfig(model=values.fuse_model, base_url=values.fuse_server, kind="openai")
+def fuse_server_config(values: Namespace) -> JudgeConfig:
+    """Return the server of the text model and the judge; raises a ValueError for an address that cannot be used."""
+    return JudgeConfig(
+        model=values.fuse_model, base_url=values.fuse_server, api_key_env=values.fuse_api_key_env, kind="openai"
+    )
 
 
 def _fact_check(values: Namespace) -> "FactCheck | None":
@@ -172,10 +182,12 @@ def _fact_check(values: Namespace) -> "FactCheck | None":
 
     if values.fuse_judge is None:
         return None
-    config = _llm_config(values) if values.fuse_judge == "openai" else JudgeConfig()
-    client = make_llm_client(config) if config.kind == "openai" else None
+    config, client = JudgeConfig(), None
+    if values.fuse_judge == "openai":
+        config = fuse_server_config(values)
+        client = make_llm_client(config, budget=values.budget, key_flag=FUSE_KEY_FLAG)
     return FactCheck(
-        make_judge(config),
+        make_judge(config, client=client),
         lambda references: list_events(references, client=client, rules=split_caption, attempts=config.attempts)[0],
         name=config.model or config.kind,
     )

@@ -75,6 +75,8 @@ def add_shape_options(parser: FlagParser) -> None:
     group.add_argument("--refine", type=str, default=None, help=refine)
     server = "OpenAI-compatible server of a text model for --refine, such as http://localhost:8000/v1"
     group.add_argument("--refine_server", type=str, default=None, help=server)
+    key = "name of the environment variable with that server's API key (default: see --server-api-key-env)"
+    group.add_argument("--refine_api_key_env", type=str | None, default=None, help=key)
     group.add_argument("--refine_model", type=str, default=None, help="name of the text model on its server")
     dataset = "file that lists videos and captions for a trainer: .json, .jsonl or .csv, in the preset's columns"
     group.add_argument("--dataset", type=Path | None, default=None, help=dataset)
@@ -112,6 +114,8 @@ def _make_shape(values: Namespace, named: "dict[str, CaptionSettings] | None") -
     from salmonn.caption.text_model import text_model_config
 
     has_text_model = values.refine_server is not None or values.refine_model is not None
+    if values.refine_api_key_env is not None and not has_text_model:
+        raise ValueError("--refine-api-key-env is for the server of a text model; add --refine-model, or remove it")
     if values.refine_server is not None and not values.refine_model:
         raise ValueError("--refine-server needs the name of a model on it: add --refine-model")
     given: dict[str, Any] = {name: values[name] for name in SETTING_NAMES}
@@ -132,7 +136,11 @@ def _make_shape(values: Namespace, named: "dict[str, CaptionSettings] | None") -
                 raise ValueError(f"{values.prompts}, {name}: {error}") from error
     if has_text_model and not any(one.refine for one in shapes.values()):
         raise ValueError("--refine-server and --refine-model belong to a second stage; give its prompt with --refine")
-    text_model = text_model_config(url=values.refine_server, model=values.refine_model) if has_text_model else None
+    text_model = None
+    if has_text_model:
+        text_model = text_model_config(
+            url=values.refine_server, model=values.refine_model, api_key_env=values.refine_api_key_env
+        )
     shortest = max((one.words.minimum for one in shapes.values() if one.words), default=0)
     if values.max_new_tokens is not None and values.max_new_tokens < shortest:
         raise ValueError(
@@ -145,6 +153,8 @@ def _caption_shape(settings: "CaptionSettings", *, has_text_model: bool) -> "Cap
     from salmonn.caption.length import WordRange
     from salmonn.caption.shape import CaptionShape
 
+    if settings.trigger is not None and not settings.trigger.strip():
+        raise ValueError("the trigger is empty; give a word, such as --trigger ohwx, or leave it out")
     words = None if settings.words in (None, "any") else WordRange.parse(settings.words or "")
     return CaptionShape(
         prompt=settings.prompt,
@@ -175,10 +185,9 @@ def _dataset_layout(values: Namespace, preset: "Preset") -> "DatasetLayout | Non
     if layout is None:
         return None
     check_layout(layout, names=list(values.shape.captions) if values.shape and values.shape.is_named else [])
-    if values.segments is not None:
+    if values.segments is not None and values.fuse is None:
         raise ValueError(
-            "a dataset has one caption for each file, and --segments makes several; cut the clips first, or "
-            "use --segments without a dataset"
+            "a dataset has one caption for each file, and --segments makes several; add --fuse, which makes one of them"
         )
     if str(values.out) == "-":
         raise ValueError(f"the dataset {layout.file} needs captions in a file of their own: --out captions.jsonl")

@@ -12,6 +12,8 @@ from typing import Literal
 from salmonn.preference.rating import Rating
 from salmonn.preference.voter_reward import VoterReward
 from salmonn.records import Reference, Score, Unscored
+from salmonn.score.api_keys import API_KEY_FLAG
+from salmonn.score.budget import Budget
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import Judge, ScoringTask
@@ -169,24 +171,34 @@ def make_reward(config: RewardConfig, *, judge: Judge) -> JudgeReward | VoterRew
     return JudgeReward(judge, repetition_weight=config.repetition_weight, dialogue_weight=config.dialogue_weight)
 
 
-def make_judge(config: JudgeConfig, *, published: bool = False, processes: int = 1) -> Judge:
+def make_judge(
+    config: JudgeConfig, *, published: bool = False, processes: int = 1, client: LLMClient | None = None
+) -> Judge:
     """Build the judge that the configuration names.
 
     Args:
         config: kind of judge and, for a language model, its server and limits.
         published: ask a language model, and parse its replies, as the published scorer does.
         processes: number of processes that share the request caps and the concurrency.
+        client: client of the language model; None makes one.
     """
     if config.kind == "rule":
         return RuleJudge()
-    client = make_llm_client(config, processes=processes)
+    client = client or make_llm_client(config, processes=processes)
     if published:
         return LLMJudge(client, templates=TEMPLATES, as_published=True)
     return LLMJudge(client, templates=[EventPrompt()] * config.attempts)
 
 
-def make_llm_client(config: JudgeConfig, *, processes: int = 1) -> LLMClient:
+def make_llm_client(
+    config: JudgeConfig, *, processes: int = 1, budget: Budget | None = None, key_flag: str = API_KEY_FLAG
+) -> LLMClient:
     """Build the client of a language model with one process's share of the caps and the concurrency.
+
+    Args:
+        config: server and limits.
+        processes: number of processes that share them.
+        budget, key_flag: see `ChatClient`.
 
     Raises:
         ValueError: a cap is smaller than the number of processes.
@@ -203,5 +215,7 @@ def make_llm_client(config: JudgeConfig, *, processes: int = 1) -> LLMClient:
             concurrency=max(1, config.concurrency // processes),
             max_requests=share(config.max_requests),
             max_tokens=share(config.max_tokens),
-        )
+        ),
+        budget=budget,
+        key_flag=key_flag,
     )

@@ -7,7 +7,6 @@ is sent in another way, or left out, from then on.
 
 import json
 import logging
-import os
 import random
 import threading
 import time
@@ -20,6 +19,15 @@ from urllib.request import getproxies, proxy_bypass
 import openai
 import tenacity
 
+from salmonn.score.api_keys import (
+    API_KEY_FLAG,
+    OPENAI,
+    default_address,
+    find_api_key,
+    is_default_server,
+    key_variable,
+)
+from salmonn.score.budget import Budget
 from salmonn.score.config import LLMConfig
 from salmonn.score.llm_protocol import (
     ALL_OPTIONS,
@@ -72,9 +80,10 @@ class ChatClient:
     """Sends requests to a chat model; threads may share it.
 
     Args:
-        config: server, limits and spend caps.
+        config: server and limits.
         saved: sentence for errors in the middle of a run: where its results so far are.
-        token_cap_flag: flag that sets `config.max_tokens`.
+        budget: what all clients of a run may spend together; None for the caps of `config`, for this client alone.
+        key_flag: flag that sets `config.api_key_env`.
 
     Attributes:
         on_retry: called with the error of each request that is about to be retried.
@@ -82,17 +91,21 @@ class ChatClient:
             they cannot process; at most `config.retry_seconds`.
 
     Raises:
-        ValueError: no API key is set for OpenAI's own server.
+        ValueError: the server's API key is not set.
     """
 
-    def __init__(self, config: LLMConfig, *, saved: str, token_cap_flag: str = "--max-tokens") -> None:
+    def __init__(
+        self, config: LLMConfig, *, saved: str, budget: Budget | None = None, key_flag: str = API_KEY_FLAG
+    ) -> None:
         self.config = config
         self.internal_error_seconds = config.retry_seconds
         self.on_retry: Callable[[BaseException], object] = lambda error: None
-        self._saved, self._token_cap_flag = saved, token_cap_flag
-        self.address = (config.base_url or "OpenAI").rstrip("/")
+        self._saved, self._key_flag = saved, key_flag
+        self.budget = budget or Budget(config.max_requests, config.max_tokens)
+        base_url = (config.base_url or default_address()).rstrip("/")
+        self.address = "OpenAI" if base_url == OPENAI else base_url
         self.name = f"{config.model} at {self.address}"
-        self.num_requests = self.num_tokens = self._num_rejected = 0
+        self._num_rejected = 0
         self._has_replied = False
         self._last_warning = self._resume_at = -1.0
         self._lock = threading.Lock()
@@ -101,16 +114,10 @@ class ChatClient:
         if config.structured == "always":
             self._options = {**ALL_OPTIONS, "response_format": ("json_schema",)}
         self._accepted_formats: set[str] = set()  # response formats with which the server has replied
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if config.base_url else None)
-        if key is None:
-            raise ValueError(
-                "OpenAI requires an API key: set the environment variable OPENAI_API_KEY, or pass the address of "
-                "another server, such as --base-url http://localhost:8000/v1"
-            )
         # Retries are handled here, so that they count against the spend cap and end after a set time.
         self._client = openai.OpenAI(
-            api_key=key,
-            base_url=config.base_url,
+            api_key=find_api_key(config, flag=key_flag),
+            base_url=base_url,
             timeout=config.timeout_seconds,
             max_retries=0,
             # A proxy in the environment cannot reach a server on this machine.
@@ -118,6 +125,9 @@ class ChatClient:
             if _is_loopback(config.base_url)
             else None,
         )
+        if not is_default_server(config):  # those of the environment are OpenAI's, too
+            self._client.organization = self._client.project = None
+            self._client._custom_headers = {}
 
     def list_models(self) -> list[ServedModel] | None:
         """Return the models that the server offers; None if it has no such list.
@@ -309,8 +319,12 @@ class ChatClient:
         return True
 
     def _key_refused(self, error: openai.APIStatusError) -> str:
-        key = "refuses the API key in" if os.environ.get("OPENAI_API_KEY") else "requires an API key: set"
-        return f"{self.address} {key} the environment variable OPENAI_API_KEY: {_summarize(error)}"
+        variable = key_variable(self.config)
+        if variable is None:
+            key = f"requires an API key: name the environment variable that has it with {self._key_flag}"
+        else:
+            key = f"refuses the API key in the environment variable {variable}"
+        return f"{self.address} {key}: {_summarize(error)}"
 
     def _request(self, request: ChatRequest, options: RequestOptions) -> ChatResponse:
         while (seconds := self._resume_at - time.monotonic()) > 0 and not self._stop.wait(seconds):
@@ -331,33 +345,21 @@ class ChatClient:
                 )
                 invalid.status_code = error.status if isinstance(error, ErrorBody) else 200
                 raise invalid from error
-        if response.num_tokens is None and self.config.max_tokens is not None:
+        if response.num_tokens is None and self.budget.max_tokens is not None:
             raise LLMStoppedError(
-                f"{self.name} does not report token usage, which {self._token_cap_flag} needs: cap the requests "
+                f"{self.name} does not report token usage, which {self.budget.token_cap_flag} needs: cap the requests "
                 "with --max-requests instead"
             )
-        with self._lock:
-            self.num_tokens += response.num_tokens or 0
-            self._has_replied = True
+        self.budget.add_tokens(self.name, response.num_tokens or 0)
+        self._has_replied = True
         return response
 
     def _count_request(self) -> None:
         """Count a request; raise LLMStoppedError at a spend cap or after a stop."""
-        config = self.config
-        with self._lock:
-            for cap, spent, name, flag in (
-                (config.max_requests, self.num_requests, "requests", "--max-requests"),
-                (config.max_tokens, self.num_tokens, "tokens", self._token_cap_flag),
-            ):
-                if cap is not None and spent >= cap:
-                    raise SpendCapError(
-                        f"the cap of {cap} {name} is reached ({self.num_requests} requests, {self.num_tokens} tokens "
-                        f"in this run). {self._saved}; run the same command again to resume with {cap} more {name}, "
-                        f"or raise {flag}"
-                    )
-            if self._stop.is_set():
-                raise LLMStoppedError("stopped before this request was sent")
-            self.num_requests += 1
+        if self._stop.is_set():
+            raise LLMStoppedError("stopped before this request was sent")
+        if reason := self.budget.take_request(self.name):
+            raise SpendCapError(reason.format(saved=self._saved))
 
     def _seconds_left(self, state: tenacity.RetryCallState) -> float:
         """Return the time left for retries of a request; a server that was never reached gets little."""

@@ -1,5 +1,6 @@
 """Judge and language model settings, read by command lines and recipes before anything slow is imported."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,9 @@ class LLMConfig:
 
     Args:
         model: name of the model on its server.
-        base_url: address of the server, such as http://localhost:8000/v1; OpenAI's own by default. The API key is
-            read from the environment variable OPENAI_API_KEY.
+        base_url: address of the server, such as http://localhost:8000/v1; OpenAI's own by default.
+        api_key_env: name of the environment variable with the server's API key. By default, OPENAI_API_KEY is sent to
+            OpenAI, or to the address in OPENAI_BASE_URL, and no key to any other server.
         concurrency: number of concurrent requests.
         seed: added to the seed of each request; null sends no seeds.
         temperature: sampling temperature; null uses the server's default, which some models require.
@@ -36,6 +38,7 @@ class LLMConfig:
 
     model: str = ""
     base_url: str | None = None
+    api_key_env: str | None = field(default=None, metadata=MAY_CHANGE)
     concurrency: int = field(default=8, metadata=MAY_CHANGE)
     seed: int | None = 0
     temperature: float | None = 0.0
@@ -62,6 +65,10 @@ class LLMConfig:
             raise ValueError("max_requests, max_tokens and max_reply_tokens must be at least 1 if given")
         if self.base_url is not None:
             _check_address(self.base_url)
+        if self.api_key_env is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env takes the name of an environment variable, such as VLLM_API_KEY, and not the key itself"
+            )
 
     @property
     def reply_token_limit(self) -> int | None:
@@ -74,7 +81,7 @@ class LLMConfig:
 def _check_address(base_url: str) -> None:
     """Raise a ValueError for what is no address, or has parts in which keys are passed; they are not repeated."""
     address = urlsplit(base_url)
-    remedy = "an API key belongs in the environment variable OPENAI_API_KEY"
+    remedy = "an API key belongs in an environment variable, which api_key_env names"
     if "@" in (address.netloc or base_url) or address.query or address.fragment:
         where = f" (got one with host {address.hostname})" if address.hostname else ""
         raise ValueError(f"base_url must have no user name, password, query or fragment{where}; {remedy}")
@@ -100,9 +107,11 @@ class JudgeConfig(LLMConfig):
         super().__post_init__()
         if self.kind == "openai" and not self.model:
             raise ValueError("the judge openai needs the name of a model on its server: pass --model")
-        if self.kind == "rule" and (self.model or self.base_url or self.max_requests or self.max_tokens):
+        if self.kind == "rule" and (
+            self.model or self.base_url or self.api_key_env or self.max_requests or self.max_tokens
+        ):
             raise ValueError(
-                "the judge rule uses no language model: pass --judge openai, or omit model, address and caps"
+                "the judge rule uses no language model: pass --judge openai, or omit model, address, key and caps"
             )
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from salmonn.score.api_keys import API_KEY_FLAG
+from salmonn.score.budget import Budget
 from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.config import LLMConfig
 from salmonn.score.llm_protocol import ChatMessage, ChatRequest, Choice, LLMResponse
@@ -24,18 +26,24 @@ Result = TypeVar("Result")
 class LLMClient(ChatClient):
     """Sends requests to a language model, many of them concurrently.
 
+    Args:
+        config: server, limits, and the file of replies.
+        budget, key_flag: see `ChatClient`.
+
     Raises:
-        ValueError: no API key is set for OpenAI's own server, or the cache file cannot be used.
+        ValueError: the server's API key is not set, or the cache file cannot be used.
     """
 
-    def __init__(self, config: LLMConfig) -> None:
-        super().__init__(config, saved=f"Replies so far are saved in {config.cache}")
+    def __init__(self, config: LLMConfig, *, budget: Budget | None = None, key_flag: str = API_KEY_FLAG) -> None:
+        super().__init__(config, saved=f"Replies so far are saved in {config.cache}", budget=budget, key_flag=key_flag)
         self._cache = ResponseCache(config.cache.expanduser())
 
     def complete(
         self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int, only_text: bool = False
     ) -> LLMResponse:
         """Return the reply to a conversation, from the cache if possible.
+
+        A cached reply is one of a model with the same name to the same request, wherever it was served.
 
         Args:
             messages: messages as `{"role", "content"}`.
@@ -51,7 +59,7 @@ class LLMClient(ChatClient):
         seed += self.config.seed or 0
         request = {"messages": list(messages), "seed": seed}
         request |= {"temperature": self.config.temperature, "max_reply_tokens": self.config.reply_token_limit}
-        text = json.dumps([self.name, schema, request], sort_keys=True, ensure_ascii=False)
+        text = json.dumps([self.config.model, schema, request], sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(text.encode()).hexdigest()
         response = self._cache.get(key)
         if response is None:

@@ -13,6 +13,9 @@ _CACHE_FORMAT = 1
 class ResponseCache:
     """Replies by request hash in an SQLite file. Threads and processes may share it; a kill loses no finished reply.
 
+    The hash is of the model's name and of all that it is sent, and not of its address: a server that moves to another
+    one is not paid again. So two models need two names, or two files.
+
     Args:
         path: SQLite file, created if missing.
 
@@ -44,7 +47,7 @@ class ResponseCache:
         return LLMResponse(row[0], bool(row[1]), row[2]) if row else None
 
     def put(self, key: str, response: LLMResponse, *, model: str, request: object) -> None:
-        """Store a reply; model and request are stored for people who read the file."""
+        """Store a reply; the model with its address, and the request, are for people who read the file."""
         self._execute(
             "INSERT OR REPLACE INTO responses (key, model, request, reply, is_truncated, num_tokens) "
             "VALUES (?, ?, ?, ?, ?, ?)",

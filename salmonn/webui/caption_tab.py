@@ -15,6 +15,7 @@ import gradio as gr
 from salmonn.batch.subtitles import SUBTITLE_FORMATS, format_text
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.segments import SegmentRule
 from salmonn.caption.streaming import Completion
 from salmonn.media.container import ClipError
 from salmonn.records import Caption, Reference
@@ -137,14 +138,14 @@ class CaptionTab:
         active = self.requests.start(str(request.session_hash), path, clicked=values[self.time])
         try:
             caption_request = self.controls.to_request(values, path)
-            segment_seconds = self.controls.segment_seconds(values)
+            rule = self.controls.segment_rule(values)
             pasted = check_text(values[self.reference] or "", name="the reference")
             reference = parse_reference(pasted, video=path.name) or self.state.reference_of(path)
             yield self._clear_answer()
-            if segment_seconds is None:
+            if rule is None:
                 captions = yield from self._stream(caption_request, model, active)
             else:
-                captions = yield from self._stream_segments(caption_request, segment_seconds, model, active)
+                captions = yield from self._stream_segments(caption_request, rule, model, active)
             if captions and captions[0].text:
                 yield from self._complete(captions, caption_request, reference, active)
         except (ValueError, Overloaded, RuntimeError) as error:
@@ -190,11 +191,11 @@ class CaptionTab:
         return [caption]
 
     def _stream_segments(
-        self, caption_request: CaptionRequest, segment_seconds: float, model: str, active: ActiveRequest
+        self, caption_request: CaptionRequest, rule: SegmentRule, model: str, active: ActiveRequest
     ) -> Generator[Update, None, list[Caption]]:
         """Show the captions of segments as they grow; return them, without those that a stop or error left empty."""
         begin, updated = time.monotonic(), 0.0
-        jobs = self.state.split_clip(caption_request, segment_seconds, model=model)
+        jobs = self.state.split_clip(caption_request, rule, model=model)
         listed = SegmentList(jobs, model)
         with closing(self.state.stream_segments(jobs, model=model)) as events:
             for event in events:

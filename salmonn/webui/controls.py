@@ -11,6 +11,7 @@ import gradio as gr
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.caption.segments import FixedSegments, SegmentRule, ShotSegments
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality
 from salmonn.webui.session import AppState
@@ -19,6 +20,7 @@ QUESTION = "Ask a question"
 MODALITIES: Mapping[str, Modality] = {"Video and audio": "both", "Video only": "visual", "Audio only": "audio"}
 WHOLE_CLIP = "Whole clip"
 SEGMENTS: Mapping[str, float] = {"5 s": 5.0, "10 s": 10.0, "30 s": 30.0}
+SHOT = "Shot"
 MAX_TEXT_CHARS = 20_000
 MAX_NEW_TOKENS = 4096
 RECORDINGS = {"camera": "Record video", "microphone": "Record sound"}
@@ -41,6 +43,7 @@ class Controls:
     modality: gr.Radio
     question: gr.Textbox
     segments: gr.Radio
+    min_shot: gr.Number
     start: gr.Number
     end: gr.Number
     temperature: gr.Slider
@@ -54,9 +57,16 @@ class Controls:
         """All components, as inputs of an event listener."""
         return set(vars(self).values())
 
-    def segment_seconds(self, values: Mapping[Any, Any]) -> float | None:
-        """Return the length of the segments to caption separately; None for one caption of the clip."""
-        return SEGMENTS.get(values[self.segments])
+    def segment_rule(self, values: Mapping[Any, Any]) -> SegmentRule | None:
+        """Return how the clip is split into segments that are captioned separately; None for one caption of the clip.
+
+        Raises:
+            ValueError: the length of the shortest shot is not a number from 0.
+        """
+        if values[self.segments] == SHOT:
+            return ShotSegments(min_seconds=_to_float(values[self.min_shot], name="the shortest shot"))
+        seconds = SEGMENTS.get(values[self.segments])
+        return None if seconds is None else FixedSegments(seconds)
 
     def to_request(self, values: Mapping[Any, Any], path: Path) -> CaptionRequest:
         """Build a request from the components' values.
@@ -160,10 +170,18 @@ def option_inputs(
     """
     tokens = captioner.default_sampling().max_new_tokens
     with gr.Accordion("Options", open=False, elem_classes=["fold"]):
+        shots = [SHOT] if ShotSegments().is_installed else []
         segments = gr.Radio(
-            [WHOLE_CLIP, *SEGMENTS], value=WHOLE_CLIP, label="One caption for each", visible=not is_comparison,
+            [WHOLE_CLIP, *SEGMENTS, *shots], value=WHOLE_CLIP, label="One caption for each", visible=not is_comparison,
             elem_classes=["pills"],
         )  # fmt: skip
+        min_shot = gr.Number(
+            ShotSegments.min_seconds, label="Shortest shot (seconds)", minimum=0, step=0.5, min_width=110,
+            info="shorter shots are merged with the next one", visible=False,
+        )  # fmt: skip
+        # In the browser, as for the question.
+        show = f"(choice) => ({{__type__: 'update', visible: choice === {json.dumps(SHOT)}}})"
+        segments.change(None, segments, min_shot, js=show, **QUIET)
         with gr.Row():
             start = gr.Number(0, label="Start (seconds)", minimum=0, min_width=110)
             end = gr.Number(0, label="End (seconds)", info="0 = end of the video", minimum=0, min_width=110)
@@ -175,7 +193,7 @@ def option_inputs(
         with gr.Row():
             penalty = gr.Number(0, label="Repetition penalty", info="0 = model default", minimum=0, min_width=110)
             seed = gr.Number(0, label="Random seed", precision=0, min_width=110, visible=not is_comparison)
-    return Controls(*prompt, segments, start, end, heat, top_p, length, penalty, seed)
+    return Controls(*prompt, segments, min_shot, start, end, heat, top_p, length, penalty, seed)
 
 
 def check_text(text: str, *, name: str) -> str:

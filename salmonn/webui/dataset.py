@@ -20,7 +20,7 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger_files import SUBTITLES_SUFFIX
 from salmonn.batch.review import ISSUES, ReviewRow, find_video
 from salmonn.batch.subtitles import SubtitleFormat, SubtitleWriter
-from salmonn.batch.thumbnails import submit_thumbnail, to_data_url
+from salmonn.batch.thumbnails import describe_missing, submit_thumbnail, to_data_url
 from salmonn.caption.loader import ClipReader
 from salmonn.media.container import ClipError
 from salmonn.preference.feedback import Action, Candidate, Feedback, FeedbackStore, utc_now
@@ -177,8 +177,7 @@ class Dataset:
         try:
             return Picture(to_data_url(reading.result()))
         except ClipError as error:
-            path = str(self._find_video(row.record))
-            return Picture(reason=str(error).replace(f"{path}: ", "").replace(path, Path(path).name))
+            return Picture(reason=describe_missing(error, self._find_video(row.record)))
 
     def write_subtitles(self, formats: Sequence[SubtitleFormat]) -> tuple[int, list[Failure]]:
         """Write subtitle files of all captions beside their videos, except over files that this tool did not write.

@@ -59,6 +59,23 @@ class Card:
         return isinstance(self.one.row.record, Failure)
 
     @property
+    def folder(self) -> str:
+        """The folder of the video with a slash, or ""."""
+        folder, slash, _ = self.one.row.record.video.rpartition("/")
+        return folder + slash
+
+    @property
+    def name(self) -> str:
+        """The file name of the video."""
+        return self.one.row.record.video.rpartition("/")[2]
+
+    @property
+    def text(self) -> str:
+        """The caption, or the reason of the failure without the path."""
+        row = self.one.row
+        return row.text.removeprefix(f"{row.record.video}: ") if self.is_failed else row.text
+
+    @property
     def details(self) -> str:
         """Span, number of words and reward."""
         words, reward = self.one.row.num_words, self.one.reward
@@ -269,8 +286,8 @@ class DatasetTab:
         update = {
             self.status: f'{message}<p class="counts" role="status">{place}{_count(len(rows), "row")}</p>',
             self.page: page,
-            self.previous: gr.update(interactive=page > 0),
-            self.next: gr.update(interactive=page < last),
+            self.previous: gr.update(interactive=page > 0, visible=last > 0),
+            self.next: gr.update(interactive=page < last, visible=last > 0),
         }
         cards = self._cards(shown, only_known=True)
         yield update | {self.grid: mark + str(_macros().grid(cards))}

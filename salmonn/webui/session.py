@@ -16,7 +16,7 @@ from PIL import Image
 from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.loader import ClipJob, check_duration, split_into_segments
-from salmonn.caption.segments import FixedSegments
+from salmonn.caption.segments import FixedSegments, SegmentRule
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.records import Caption, Modality, Reference
@@ -217,18 +217,21 @@ class AppState:
                     shown = seconds
                     yield progress
 
-    def split_clip(self, request: CaptionRequest, segment_seconds: float, *, model: str) -> list[ClipJob]:
+    def split_clip(self, request: CaptionRequest, rule: SegmentRule, *, model: str) -> list[ClipJob]:
         """Split a request into one for each segment of its clip, as batch captioning does.
 
         Raises:
-            ClipError: the file cannot be read, is too long, or has no timestamps.
+            ClipError: the file cannot be read, is too long, has no timestamps, or has no picture to find shots in.
         """
         engine = self.engines[model]
         engine.captioner.processor.check_prompt(engine.captioner.resolve_prompt(request))
         job = ClipJob(0, request, engine.captioner.read_spec(request))
         seconds = engine.reader.measure_seconds(request.path, job.read_spec)
         check_duration(request.path, seconds, max_seconds=engine.max_seconds or math.inf)
-        bounds = FixedSegments(segment_seconds).bounds(request.span.start_seconds or 0.0, seconds)
+        if isinstance(rule, FixedSegments):
+            bounds: Sequence[float] = rule.bounds(request.span.start_seconds or 0.0, seconds)
+        else:
+            bounds = engine.reader.find_bounds(request.path, job.read_spec, rule) if seconds > 0 else []
         jobs = [part for part, _ in split_into_segments(job, bounds)]
         if seconds <= 0:  # reading it reports the reason
             engine.reader.submit(request.path, jobs[0].read_spec, lambda clip: clip).result()

@@ -280,6 +280,20 @@ def test_named_captions_of_segments(clips_of, run):
     assert (folder / "0.a.txt").read_text().startswith(f"[00:00:00.000] {captions[0].captions['a']}")
 
 
+def test_one_caption_for_trainers_and_subtitles_by_segment(clips_of, run, tmp_path):
+    """Text and dataset have the fused caption with the trigger once, the subtitles each segment."""
+    folder = clips_of(1)
+    flags = ("--preset", "wan", "--words", "any", "--trigger", "ohwx", "--segments", 4, "--fuse", "--export", "srt")
+    for _ in range(2):  # the second run finds all done, and its own files
+        code, captions, err = run(folder, *flags)
+        assert code == 0 and len(captions) == 2, err
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    assert fused.text.count("ohwx") == 1 and (folder / "0.txt").read_text() == f"{fused.text}\n"
+    assert json.loads((folder / "metadata.json").read_text()) == [{"video": "0.mp4", "prompt": fused.text}]
+    cues = (folder / "0.srt").read_text().strip().split("\n\n")
+    assert [cue.split("\n")[2] for cue in cues] == [one.text for one in captions]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -287,6 +301,7 @@ def test_named_captions_of_segments(clips_of, run):
         (("--words", "eighty"), "must be a smallest and a largest number, such as 80-120, got 'eighty'"),
         (("--words", "80-90", "--max-new-tokens", 60), "--max-new-tokens 60 is too small for 80 words"),
         (("--template", ""), "template is empty"),
+        (("--trigger", " "), "the trigger is empty; give a word"),
         (("--template", "{caption} {nme}"), "template has the unknown field {nme}"),
         (("--template", "A clip."), "template lacks {caption}"),
         (("--prompt", "Is {nme} there?"), "the prompt has the unknown field {nme}"),
@@ -298,7 +313,10 @@ def test_named_captions_of_segments(clips_of, run):
         (("--refine", "{caption}", "--refine-server", "x", "--refine-model", "m"), "must be an address such as"),
         (("--language", "xx"), "'xx' is not a known code"),
         (("--avoid", "red", "--include", "red car"), "'red car' is to be included and 'red' to be avoided"),
-        (("--preset", "ltx2", "--segments", 2), "a dataset has one caption for each file"),
+        (
+            ("--preset", "ltx2", "--segments", 2),
+            "a dataset has one caption for each file, and --segments makes several; add",
+        ),
         (("--dataset", "a.xml"), "--dataset a.xml must end in .json, .jsonl, .csv"),
         (("--dataset", "FOLDER/captions.jsonl"), "captions.jsonl would replace another file of this run"),
         (("--dataset", "FOLDER/captions.failed.jsonl"), "captions.failed.jsonl would replace another file of this run"),

@@ -11,7 +11,7 @@ from salmonn.batch.edits import Edit, EditableCaptions
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import LedgerFiles, append_records
-from salmonn.records import Caption, Failure, read_records, write_json, write_records
+from salmonn.records import Caption, Failure, Shaping, read_records, write_json, write_records
 
 JOB = {"model": "m"}
 VERSION = dict(size_bytes=5, modified_ns=7)
@@ -164,3 +164,16 @@ def test_what_cannot_be_edited(files, tmp_path):
         captions.apply([Edit(99, "A dog.", "A cat.")])
     with pytest.raises(ValueError, match="there is no such file"):
         EditableCaptions(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"), [("ohwx, A cat. End", "A cat."), ("A cat.", None), ("ohwx, A cat.", None), ("ohwx, End", None)]
+)
+def test_an_edited_caption_knows_its_templates(tmp_path, text, bare):
+    """So that a fused caption has the trigger once; an edit that removes it is the whole caption."""
+    files = LedgerFiles(tmp_path / "captions.jsonl")
+    shaping = {"caption": Shaping(bare="A dog.")}
+    with Ledger(files, job=JOB) as ledger:
+        ledger.write([Caption("a.mp4", "ohwx, A dog. End", shaping=shaping, **VERSION)])
+    edit(EditableCaptions(files.captions), "ohwx, A dog. End", text)
+    assert read_records(files.captions, Caption)[-1].shaping["caption"].bare == bare

@@ -106,6 +106,20 @@ def test_the_command_fuses_by_rule(folder, caption, tmp_path, call):
     assert json.loads(json.dumps(fused.text))[:20] in (tmp_path / "fused.csv").read_text()
 
 
+def test_a_fused_caption_has_trigger_and_templates_once(folder, caption, tmp_path):
+    """As the caption of a whole video has; {duration} is that of the video."""
+    shape = ("--template", "{trigger}: {caption}", "--trigger", "ohwx", "--suffix", " ({name}, {duration} s)")
+    code, err = caption(folder / "0.mp4", "--segments", 2, "--fuse", *shape)
+    assert code == 0, err
+    segments = read_records(tmp_path / "captions.jsonl", Caption)
+    bare = [one.shaping["caption"].bare for one in segments]
+    assert [one.text for one in segments[:2]] == [f"ohwx: {text} (0, 2 s)" for text in bare[:2]]
+    (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
+    assert fused.text.startswith(f"ohwx: At 0:00: {bare[0].strip()}\n") and fused.text.count("ohwx") == 1
+    assert fused.text.endswith(f" (0, {round(fused.end_seconds, 1):g} s)") and fused.text.count("(0, ") == 1
+    assert all(text.strip() in fused.text for text in bare)
+
+
 def test_the_command_fuses_by_a_text_model(folder, caption, tmp_path, server, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_clip_captions(folder / "0.mp4", tmp_path, caption)

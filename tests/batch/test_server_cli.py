@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,62 @@ def test_a_run_out_of_budget_is_resumed(folder, serve, call, tmp_path):
     assert len(server.requests) == 8 + 8 + 6
 
 
+def test_all_servers_share_the_budget_and_have_keys_of_their_own(folder, serve, call, tmp_path, monkeypatch):
+    """4 requests of the probe, two segments, each of which is refined, and one that fuses them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "openai")
+    monkeypatch.setenv("CAPTION_KEY", "caption")
+    monkeypatch.setenv("FUSE_KEY", "fuse")
+    out = tmp_path / "captions.jsonl"
+    served, refiner, fuser = serve(captioner()), serve(echo), serve(echo)
+    flags = [
+        "--segments", 4, "--server-api-key-env", "CAPTION_KEY", "--refine", "Rewrite {caption}", "--refine-server",
+        refiner.url, "--refine-model", "r", "--fuse", "text-model", "--fuse-server", fuser.url, "--fuse-model", "f",
+        "--fuse-api-key-env", "FUSE_KEY", "--max-requests",
+    ]  # fmt: skip
+    code, _, err = call(*command(served, folder / "0.mp4", out, *flags, 7))
+    total = r"6 requests, \d+ tokens by m at \S+; 1 request, \d+ tokens by r at"
+    assert code == 2 and re.search(rf"the cap of 7 requests is reached \({total}", err), err
+    assert re.search(rf"^requests to servers: {total}", err, re.MULTILINE) and not fuser.requests
+    code, _, err = call(*command(served, folder / "0.mp4", out, *flags, 9))
+    assert code == 0 and re.search(r"requests to servers: 6 requests.* by m at .*; 1 request, .* by r at", err), err
+    assert "; 1 request, 10 tokens by f at" in err
+    assert [{one["Authorization"] for one in server.headers} for server in (served, refiner, fuser)] == [
+        {"Bearer caption"}, {"Bearer none"}, {"Bearer fuse"},
+    ]  # fmt: skip
+    assert "caption" not in (tmp_path / "captions.job.json").read_text().replace("{caption}", "")
+
+
+def echo(request, number):
+    """Answer with a text that depends on the request alone."""
+    return Answer(f"Text {zlib.crc32(request['messages'][0]['content'].encode())}.")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--max-requests", "9"], "--max-requests has no effect without --server, or the server of a text model"),
+        (["--refine-api-key-env", "KEY"], "--refine-api-key-env is for the server of a text model"),
+        (["--fuse-api-key-env", "KEY"], "--fuse-api-key-env needs --fuse"),
+        (
+            ["--refine", "{caption}", "--refine-model", "m", "--refine-api-key-env", "NO_SUCH_KEY"],
+            "the environment variable NO_SUCH_KEY is not set; set it to the API key, or leave out --refine-api-key-env",
+        ),
+        (
+            [
+                "--refine",
+                "{caption}",
+                "--refine-server",
+                "http://localhost:1/v1",
+                "--refine-model",
+                "m",
+                "--engine",
+                "ray",
+                "--max-requests",
+                "9",
+            ],
+            "--max-requests cannot be kept by the actors of a cluster",
+        ),
         (["--server-model", "m"], "--server-model has no effect without --server"),
         (["--allow-deaf"], "--allow-deaf has no effect without --server"),
         (

@@ -11,6 +11,7 @@ from salmonn.caption.fusion import REPAIR, CaptionerWriter, FactCheck, FusionErr
 from salmonn.caption.generator import CaptionRequest, SegmentResult
 from salmonn.cli.fuse_options import _fact_check
 from salmonn.records import Caption, Event
+from salmonn.score.budget import Budget
 from salmonn.score.events import list_events
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.parser import split_caption
@@ -52,7 +53,8 @@ class ScriptedWriter:
 @pytest.mark.parametrize(("kind", "model", "name"), [("openai", "m", "m"), ("rule", None, "rule")])
 def test_the_address_of_a_judge_is_not_recorded(kind, model, name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    check = _fact_check(Namespace(fuse_judge=kind, fuse_model=model, fuse_server="http://localhost:9/v1"))
+    flags = {"fuse_server": "http://localhost:9/v1", "fuse_api_key_env": None, "budget": Budget()}
+    check = _fact_check(Namespace(fuse_judge=kind, fuse_model=model, **flags))
     assert check.name == name
     fused = fuse(segments(), writer=None, check=replace(CHECK, name=check.name))
     assert fused.fusion.judge == name

@@ -298,7 +298,7 @@ def test_replies_in_flight_are_kept_after_a_fatal_error(serve, videos):
     captioner = open_captioner(serve(script), concurrency=3)
     captioner._limit._limit = 3.0
     results = []
-    with pytest.raises(LLMStoppedError, match="requires an API key: set the environment variable OPENAI_API_KEY"):
+    with pytest.raises(LLMStoppedError, match="requires an API key: name the environment variable that has it"):
         for batch in captioner.caption_batches(CaptionRequest(video, sampling=GREEDY) for video in videos):
             results += batch
     assert len(results) == 2
@@ -433,17 +433,21 @@ def test_an_unknown_model_is_answered_with_the_list(serve):
 
 
 def test_the_key_is_sent_and_not_recorded(serve, videos, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_KEY", "secret")
     server = serve(scripted())
-    ((caption,),) = open_captioner(server).generate([CaptionRequest(videos[0], sampling=GREEDY)])
-    assert server.keys == ["Bearer secret"] and "secret" not in repr(caption)
+    captioner = open_captioner(server, server_api_key_env="VLLM_KEY")
+    ((caption,),) = captioner.generate([CaptionRequest(videos[0], sampling=GREEDY)])
+    assert server.headers[0]["Authorization"] == "Bearer secret" and "secret" not in repr(caption)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(server="localhost:8000"), "base_url must be an address such as http://localhost:8000/v1"),
-        (dict(server="http://user:secret@host/v1"), "an API key belongs in the environment variable OPENAI_API_KEY"),
+        (
+            dict(server="http://user:secret@host/v1"),
+            "an API key belongs in an environment variable, which api_key_env names",
+        ),
         (dict(server="http://host/v1", concurrency=0), "concurrency must be at least 1"),
         (
             dict(server="http://host/v1", max_requests=0),

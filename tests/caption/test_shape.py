@@ -206,7 +206,7 @@ def test_a_second_stage_refines_the_first():
     ]
     assert [len(request.history) for request in script.requests] == [0, 0, 1]
     assert caption.text == f"ohwx, {FIVE}" and caption.prompt == "Describe the clip.\nAnswer in French."
-    assert caption.shaping["caption"] == Shaping("asked_again", num_answers=2, language="fr", draft="Draft.")
+    assert caption.shaping["caption"] == Shaping("asked_again", num_answers=2, language="fr", draft="Draft.", bare=FIVE)
 
 
 def test_a_text_model_refines(serve, monkeypatch, tmp_path):
@@ -241,9 +241,9 @@ def test_a_text_model_that_refuses_a_text_or_is_gone(serve, monkeypatch, tmp_pat
     assert "the server rejects the request: " in results[0].reason and "the reply has no text" in results[2].reason
     assert results[1].text == "Good."
     server.close()
-    gone = text_model_config(url="http://127.0.0.1:9/v1", model="m")
+    gone = text_model_config(url="http://127.0.0.1:9/v1", model="gone")
     monkeypatch.setattr("salmonn.score.chat_client._FIRST_CONTACT_SECONDS", 0.0)
-    with pytest.raises(ValueError, match=r"m at http://127.0.0.1:9/v1 is unavailable.*is the server running"):
+    with pytest.raises(ValueError, match=r"gone at http://127.0.0.1:9/v1 is unavailable.*is the server running"):
         generate_shaped(Script("Fine"), requests[:1], Shape({"caption": shape}, text_model=gone))
 
 
@@ -299,7 +299,7 @@ def test_named_captions():
     assert rounds[0] == [(0, "Briefly."), (0, "At length."), (1, "Briefly."), (1, "At length.")]
     assert [index for index, _ in rounds[1]] == [0, 1] and len(rounds) == 2
     assert first.captions == {"short": THREE, "long": f"ohwx, {NINE}"} and first.text == THREE
-    assert first.shaping == {"short": Shaping("ok"), "long": Shaping("asked_again", num_answers=2)}
+    assert first.shaping == {"short": Shaping("ok"), "long": Shaping("asked_again", num_answers=2, bare=NINE)}
     assert second.captions == {"short": THREE, "long": f"ohwx, {NINE}"} and second.video == "b.mp4"
     assert first.prompt == "Briefly.\nWrite 1 to 3 words."
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -52,13 +53,13 @@ class FakeLLMServer:
 
     `max_concurrent` is the largest number of concurrent requests.
 
-    `models` answers GET requests.
+    `headers` are those of the requests, `models` answers GET requests.
     """
 
     def __init__(self, script: Script, models: Answer | None = None) -> None:
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
-        self.keys: list[str | None] = []
+        self.headers: list[Message] = []
         self.models = models or model_list("m")
         self.max_concurrent = 0
         self._concurrent = 0
@@ -75,7 +76,7 @@ class FakeLLMServer:
                     number = len(scripted.requests)
                     scripted.requests.append(request)
                     scripted.paths.append(self.path)
-                    scripted.keys.append(self.headers["Authorization"])
+                    scripted.headers.append(self.headers)
                     scripted._concurrent += 1
                     scripted.max_concurrent = max(scripted.max_concurrent, scripted._concurrent)
                 try:

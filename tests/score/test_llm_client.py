@@ -1,6 +1,7 @@
 """The client against a misbehaving server: retries, errors that stop the run, spend caps and cached replies."""
 
 import logging
+import re
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 
 from salmonn.records import Caption, Event, Reference, write_records
 from salmonn.score import chat_client
-from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError
+from salmonn.score.api_keys import find_api_key
+from salmonn.score.budget import Budget, Spending
+from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.config import LLMConfig
 from salmonn.score.llm_client import LLMClient
 from salmonn.score.llm_protocol import LLMResponse
@@ -37,7 +40,7 @@ def test_a_request_is_sent_once(serve, open_client):
     assert complete(client, "other").text == "other 1"
     assert complete(client, seed=1).text == "hello 2"
     assert complete(open_client(server, temperature=0.5)).text == "hello 3"
-    assert (client.num_requests, client.num_tokens) == (3, 30)
+    assert client.budget.spent == {client.name: Spending(3, 30)}
 
 
 def test_request_body(serve, open_client):
@@ -96,7 +99,7 @@ def test_transient_failures_are_retried(serve, open_client, fault, caplog):
     is_slow = fault.delay_seconds or fault.drip_seconds
     client = open_client(server, timeout_seconds=2.0 if is_slow else 120.0)
     assert complete(client).text == "good"
-    assert len(server.requests) == client.num_requests == 2
+    assert len(server.requests) == client.budget.spent[client.name].requests == 2
     assert "retrying in" in caplog.text
 
 
@@ -391,6 +394,81 @@ def test_requires_an_api_key(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         LLMClient(LLMConfig("m", cache=tmp_path / "c"))
+    # A key in place of a name is not repeated.
+    for name, message in (("MY_KEY", "the environment variable MY_KEY is not set"), ("hf_abc", "that --api-key-env")):
+        with pytest.raises(ValueError, match=message) as caught:
+            LLMClient(LLMConfig("m", base_url="http://host/v1", api_key_env=name, cache=tmp_path / "c"))
+        assert "hf_abc" not in str(caught.value)
+    with pytest.raises(ValueError, match="api_key_env takes the name of an environment variable") as caught:
+        LLMConfig("m", api_key_env="sk-123")
+    assert "sk-123" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "key"),
+    [
+        ({}, {}, "openai"),
+        ({"base_url": "https://api.openai.com/v1/"}, {}, "openai"),
+        ({"base_url": "http://localhost:8000/v1"}, {}, "none"),
+        ({"base_url": "http://api.openai.com/v1"}, {}, "none"),  # not encrypted
+        ({"base_url": "https://api.openai.com.evil.org/v1"}, {}, "none"),
+        ({"base_url": "https://host/v1"}, {}, "none"),
+        ({"base_url": "https://host/v1", "api_key_env": "HOST_KEY"}, {}, "host"),
+        ({"api_key_env": "HOST_KEY"}, {}, "host"),
+        ({}, {"OPENAI_BASE_URL": "https://proxy/v1"}, "openai"),
+        ({"base_url": "https://proxy/v2"}, {"OPENAI_BASE_URL": "https://proxy/v1"}, "openai"),
+        ({"base_url": "https://api.openai.com/v1"}, {"OPENAI_BASE_URL": "https://proxy/v1"}, "none"),
+    ],
+)
+def test_a_key_goes_to_its_own_server_only(monkeypatch, config, environment, key):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for name, value in {"OPENAI_API_KEY": "openai", "HOST_KEY": "host", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert find_api_key(LLMConfig("m", **config)) == key
+
+
+@pytest.mark.parametrize("is_default", [True, False])
+def test_what_the_environment_has_for_openai_goes_nowhere_else(serve, open_client, monkeypatch, is_default):
+    server = serve(lambda request, number: Answer("x"))
+    variables = {"API_KEY": "key", "ORG_ID": "org", "PROJECT_ID": "project", "CUSTOM_HEADERS": "X-Secret: custom"}
+    variables["BASE_URL"] = server.url if is_default else "http://elsewhere/v1"
+    for name, value in variables.items():
+        monkeypatch.setenv(f"OPENAI_{name}", value)
+    complete(open_client(server))
+    sent = server.headers[0]
+    found = {name: sent.get(name) for name in ("OpenAI-Organization", "OpenAI-Project", "X-Secret", "Authorization")}
+    if is_default:
+        assert list(found.values()) == ["org", "project", "custom", "Bearer key"]
+    else:
+        assert list(found.values()) == [None, None, None, "Bearer none"]
+
+
+def test_clients_share_a_budget(serve, tmp_path):
+    """Replies from the cache cost nothing; the error names what each server has cost."""
+    servers = [serve(lambda request, number: Answer("x")) for _ in range(2)]
+    budget = Budget(max_requests=3)
+    first, second = (
+        LLMClient(LLMConfig(f"m{number}", server.url, cache=tmp_path / "c"), budget=budget)
+        for number, server in enumerate(servers)
+    )
+    complete(first)
+    complete(second)
+    complete(second)
+    complete(first, "other")
+    spent = f"2 requests, 20 tokens by m0 at {servers[0].url}; 1 request, 10 tokens by m1 at {servers[1].url}"
+    assert budget.describe() == spent
+    with pytest.raises(SpendCapError, match=re.escape(f"the cap of 3 requests is reached ({spent} in this run). Rep")):
+        complete(second, "new")
+    assert [len(server.requests) for server in servers] == [2, 1]
+
+
+def test_a_reply_is_found_wherever_the_model_is_served(serve, tmp_path):
+    servers = [serve(lambda request, number: Answer("x")) for _ in range(2)]
+    for server in servers:
+        complete(LLMClient(LLMConfig("m", server.url, cache=tmp_path / "c")))
+    assert [len(server.requests) for server in servers] == [1, 0]
+    complete(LLMClient(LLMConfig("other", servers[1].url, cache=tmp_path / "c")))
+    assert len(servers[1].requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -402,7 +480,7 @@ def test_requires_an_api_key(monkeypatch, tmp_path):
         ({"max_requests": 0}, "max_requests"),
         ({"base_url": "localhost:8000"}, "base_url must be an address"),
         *(
-            ({"base_url": address}, r"no user name, password, query or fragment[^?@]*OPENAI_API_KEY$")
+            ({"base_url": address}, r"no user name, password, query or fragment[^?@]*which api_key_env names$")
             for address in (
                 "http://user:secret@host/v1",
                 "http://:secret@host/v1",

@@ -139,4 +139,6 @@ def test_tokens_are_counted_like_the_server_does(server, tmp_path):
     messages = [{"role": "user", "content": "hi"}]
     reply = client.complete(messages, schema={"type": "object"}, seed=0)
     assert reply.is_truncated
-    assert client.num_tokens == reply.num_tokens == 21 + 30  # tokens of the prompt, as above, and of the reply
+    assert (
+        client.budget.spent[client.name].tokens == reply.num_tokens == 21 + 30
+    )  # tokens of the prompt, as above, and of the reply

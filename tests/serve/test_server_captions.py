@@ -12,6 +12,7 @@ from salmonn.caption.loader import ClipReader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
 from salmonn.records import Caption, Failure, read_records
+from tests.caption.served_model import captioner as scripted
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_samples_history_and_system_prompt(start, captioner, videos):
 
 
 def test_errors_of_the_service_are_one_sentence(start, call, videos, tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "0123456789abcdef")  # for another server
     server = start(keys=("0123456789abcdef",))
     args = ["caption", videos[0], "--out", tmp_path / "captions.jsonl", "--server", f"{server.url}/v1", "--workers", 1]
 
@@ -145,11 +146,14 @@ def test_errors_of_the_service_are_one_sentence(start, call, videos, tmp_path, m
         return err
 
     assert error() == "error: --server needs the name of a model on it: pass --server-model\n"
-    assert "requires an API key: set the environment variable OPENAI_API_KEY" in error("--server-model", "toy")
-    monkeypatch.setenv("OPENAI_API_KEY", "wrong-secret")
     message = error("--server-model", "toy")
-    assert "refuses the API key in the environment variable OPENAI_API_KEY" in message and "secret" not in message
-    monkeypatch.setenv("OPENAI_API_KEY", "0123456789abcdef")
+    assert "requires an API key: name the environment variable that has it with --server-api-key-env" in message
+    args += ["--server-api-key-env", "TOY_KEY"]
+    assert "the environment variable TOY_KEY is not set" in error("--server-model", "toy")
+    monkeypatch.setenv("TOY_KEY", "wrong-secret")
+    message = error("--server-model", "toy")
+    assert "refuses the API key in the environment variable TOY_KEY" in message and "secret" not in message
+    monkeypatch.setenv("TOY_KEY", "0123456789abcdef")
     assert error("--server-model", "gpt") == f"error: {server.url}/v1 has no model 'gpt'; it offers toy\n"
     for name in ("frames", "video+audio"):
         assert f"takes one file per request, not {name}; use --server-input video" in error(
@@ -162,7 +166,7 @@ def test_errors_of_the_service_are_one_sentence(start, call, videos, tmp_path, m
     )
 
 
-def test_the_job_is_resumed_at_another_address(start, call, folder, tmp_path):
+def test_the_job_is_resumed_at_another_address(start, serve, call, folder, tmp_path):
     """The address may change, the model may not; what is done is not captioned again."""
     first, second = start(), start()
     args = [
@@ -184,6 +188,9 @@ def test_the_job_is_resumed_at_another_address(start, call, folder, tmp_path):
     for changed in (["--server-model", "other"], ["--server-input", "video+audio"]):
         code, _, err = call(*args, folder, "--server", f"{second.url}/v1", *changed)
         assert code == 2 and "use the same settings" in err and changed[1] in err
+    other = serve(scripted(hears_video=True))  # it has the model, and is not `salmonn serve`
+    code, _, err = call(*args, folder, "--server", other.url)
+    assert code == 2 and 'was made with server_software "salmonn serve" (now null)' in err
     code, _, err = call(*args[:3], folder)
     assert code == 2 and "--server-model" in err
 

@@ -1,6 +1,7 @@
 """What a real browser does with answers: segments, further questions, recordings and the history."""
 
 import re
+from importlib.util import find_spec
 from urllib.parse import unquote
 
 import pytest
@@ -49,6 +50,13 @@ def test_captions_by_segment(visit, toy, examples):
     page.locator("#answer .segments li[data-played]").get_by_text(expected[1].text).wait_for()
     times.nth(0).click()
     page.wait_for_function(f"{TIME} < 4")
+    # The clip has no cuts: it is one shot.
+    if find_spec("scenedetect"):
+        assert page.get_by_label("Shortest shot (seconds)").first.is_hidden()
+        page.get_by_label("Shot", exact=True).first.check()
+        page.get_by_label("Shortest shot (seconds)").first.fill("0.5")
+        page.get_by_role("button", name="Describe", exact=True).click()
+        page.locator("#status").get_by_text("\N{MIDDLE DOT} 1 segment \N{MIDDLE DOT}").wait_for()
 
 
 def ask(visitor, question):

@@ -1,18 +1,21 @@
 """Captions of the segments of a clip, without a browser."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest, Span
-from salmonn.caption.loader import ClipJob, ReadSpec
+from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec
+from salmonn.caption.segments import ShotSegments
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.webui.rendering import render_segments
 from salmonn.webui.segments import SegmentList, join_captions
 from salmonn.webui.session import SEGMENTS_AT_ONCE
+from tests.media.builders import BASE, write_media
 from tests.webui.test_session import make_state
 
 SAMPLER = FixedRateSampler(frames_per_second=1.0)
@@ -105,3 +108,23 @@ def test_stopping_keeps_the_text_so_far(tmp_path):
     assert [(one.text, one.finished) for one in captions] == [("A cat.", True), ("A do", False)]
     joined = join_captions(captions)
     assert (joined.text, joined.finished, joined.start_seconds, joined.end_seconds) == ("A cat.\nA do", False, 0.0, 2.0)
+
+
+def test_a_clip_is_split_into_its_shots(tmp_path):
+    """It has a cut at each of six seconds; a sound has no shots, and a clip that is too long is refused first."""
+    pytest.importorskip("scenedetect")
+    paths = [write_media(tmp_path / "a.mp4", **BASE), write_media(tmp_path / "b.m4a", audio=(0, 2))]
+    captioner = SimpleNamespace(
+        processor=SimpleNamespace(check_prompt=str), resolve_prompt=str, read_spec=lambda request: ReadSpec(SAMPLER)
+    )
+    with ClipReader(workers=0) as reader:
+        engine = SimpleNamespace(captioner=captioner, reader=reader, max_seconds=10.0)
+        state = make_state(tmp_path, toy=engine)
+        jobs = state.split_clip(CaptionRequest(paths[0]), ShotSegments(min_seconds=1.5), model="toy")
+        spans = [(job.request.span.start_seconds, job.request.span.end_seconds) for job in jobs]
+        assert spans == [pytest.approx(span, abs=0.06) for span in [(0, 2), (2, 4), (4, 6)]]
+        with pytest.raises(ClipError, match=r"b\.m4a: has no video and so no shots"):
+            state.split_clip(CaptionRequest(paths[1]), ShotSegments(), model="toy")
+        engine.max_seconds = 5.0
+        with pytest.raises(ClipError, match="5"):
+            state.split_clip(CaptionRequest(paths[0]), ShotSegments(), model="toy")
