@@ -65,8 +65,7 @@ class SamplerConfig(ServerOptions):
     """Where captions of the training clips are sampled: by the model in this process, or through a server.
 
     Args:
-        server: address of a server that runs the model that the run starts from; none samples in this process. The
-            API key is read from the environment variable OPENAI_API_KEY.
+        server: address of a server that runs the model that the run starts from; none samples in this process.
         server_input: what the server is sent: frames (those that the local model takes, as images with their times, and
             the audio as WAV), video (the file with its sound), video+audio (the file, and its audio as WAV); auto means
             frames, and the file for `salmonn serve`.
