@@ -8,7 +8,6 @@
 Decoders need a file that they can seek in and read twice, and worker processes a path; so files are not streamed.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from typing import BinaryIO
 
 from fsspec.callbacks import Callback
 
+from salmonn import system
 from salmonn.batch.containers import VIDEO_COLUMN, ParquetRows, find_member, is_tar, open_container, split_member
 from salmonn.batch.discovery import VideoFile, stat_video
 from salmonn.batch.remote import RemoteError, attempt, is_url, name_of, redact, scheme_of, store_of
@@ -290,30 +290,31 @@ def _copy_blocks(file: BinaryIO, out: Path, guard: _Guard, *, size: int | None =
             rest = None if rest is None else rest - len(block)
 
 
-def _make_scratch(parent: Path | None) -> tuple[Path, int]:
+def _make_scratch(parent: Path | None) -> tuple[Path, int | None]:
     """Make a scratch folder, locked while this process lives, and delete those of processes that have died.
 
     Only those of this machine: on a shared disk, locks of another machine may not be visible here.
     """
     parent = parent or Path(tempfile.gettempdir())
+    if not system.FOLDERS_CAN_BE_LOCKED:  # then the folder of a process that was killed stays
+        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)), None
     prefix = f"{_PREFIX}{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}-"
     for left in parent.glob(f"{prefix}*"):
         if "-" in left.name[len(prefix) :]:  # of a machine whose name begins with this one's
             continue
         with suppress(OSError):
-            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            handle = system.open_folder(left, follows_links=False)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if left.stat().st_uid == os.getuid():
+                if system.try_lock(handle) and left.stat().st_uid == os.getuid():
                     shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(handle)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):  # another process may delete it before it is locked
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            handle = system.open_folder(folder)
             with suppress(OSError):  # no locks there
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                system.lock(handle)
             if folder.exists():
                 return folder, handle
             os.close(handle)

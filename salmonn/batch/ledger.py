@@ -13,8 +13,6 @@
 A killed run leaves complete lines and at most one torn one, which the next run cuts off.
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from salmonn import system
 from salmonn.batch.containers import is_container
 from salmonn.batch.discovery import VideoFile, VideoListing, address_of, stat_video
 from salmonn.batch.ledger_files import (
@@ -58,7 +57,6 @@ HASHED = {
     "adapter_files": "files of the adapter",
     "transcripts_job": "settings of the transcripts",
 }
-_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 class Ledger:
@@ -279,19 +277,18 @@ class Ledger:
         while True:
             file = self._stack.enter_context(path.open("a"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in _LOCKED:
+                if not system.try_lock(file.fileno()):
                     raise LedgerError(
                         f"{self.files.captions}: another process is writing this file; wait until it ends or choose "
                         "another --out"
-                    ) from error
+                    )
+            except OSError as error:
                 logger.warning("%s cannot be locked (%s); make sure that no other process writes there", path, error)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break
             # The process that held the lock has deleted the file between our opening and locking it.
-        self._stack.callback(path.unlink, missing_ok=True)  # while the lock is still held
+        self._stack.callback(system.remove_locked, path)  # while the lock is still held
         # After taking our own lock: of two processes that start at once, at least one sees the other.
         for other in self.files.other_locks():
             if _is_held(other):
@@ -306,10 +303,9 @@ class Ledger:
 def _is_held(lock: Path) -> bool:
     try:
         with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:  # one that has just been deleted is not held
-        return error.errno in _LOCKED
-    return False
+            return not system.try_lock(file.fileno(), shared=True)
+    except OSError:  # one that has just been deleted is not held
+        return False
 
 
 def _require_same_job(files: LedgerFiles, job: Mapping[str, Any]) -> None:

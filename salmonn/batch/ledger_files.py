@@ -6,7 +6,6 @@ recognized from the lines themselves, whatever an editor does to the white space
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from salmonn import system
 from salmonn.batch.discovery import Shard
 from salmonn.records import Record, parse_record
 
@@ -382,12 +382,12 @@ def locked(path: Path) -> Iterator[None]:
     """
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | system.O_BINARY, 0o666)
         except OSError as error:
             raise LedgerError(cannot_write(path, error)) from error
         try:
             with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                system.lock(handle)
             is_same = False
             with suppress(FileNotFoundError):  # a full file may have been renamed between opening and locking it
                 is_same = os.path.samestat(os.fstat(handle), path.stat())
@@ -417,7 +417,7 @@ def _append(path: Path, records: Sequence[Any]) -> None:
     lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n" for record in records)
     rest = memoryview("".join(lines).encode())
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | system.O_BINARY, 0o666)
     except OSError as error:
         raise LedgerError(cannot_write(path, error)) from error
     try:

@@ -11,7 +11,6 @@ file was to blame. Here each worker has one file at a time, and a thread in this
 Worker processes import this module, so nothing here imports torch.
 """
 
-import os
 import queue
 import threading
 import time
@@ -28,6 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from salmonn import system
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
@@ -171,7 +171,7 @@ def default_num_workers(num_clips: int) -> int:
 
     It is at least 1: a file that kills its decoder must not kill the caller.
     """
-    return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, num_clips))
+    return max(1, min(system.num_cpus(), MAX_WORKERS, num_clips))
 
 
 class ClipReader:

@@ -7,14 +7,11 @@ The design follows from measurements on two cores:
   2+ with ten frames a second. Shared memory would save that, but is too small for it in most containers.
 """
 
-import fcntl
 import io
 import logging
 import os
 import pickle
 import queue
-import resource
-import select
 import signal
 import subprocess
 import sys
@@ -27,6 +24,7 @@ from functools import partial
 from logging.handlers import QueueHandler
 from typing import Any, Generic, TypeVar
 
+from salmonn import system
 from salmonn.media.container import ClipError
 
 Result = TypeVar("Result")
@@ -104,14 +102,12 @@ class Worker:
             process_group=0,  # Ctrl-C is for the parent, which then ends its workers
         )
         assert self._process.stdout is not None
-        # The pipe memory of a user is limited, and macOS has no such call; a small pipe is only slower.
-        with suppress(OSError, AttributeError):
-            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        system.enlarge_pipe(self._process.stdout, PIPE_BYTES)
         self._killed_at = 0.0
         self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
 
     def kill(self) -> None:
-        """Send SIGKILL; a thread that waits for the job's result gets a WorkerDied."""
+        """Kill the process; a thread that waits for the job's result gets a WorkerDied."""
         self._process.kill()
         self._killed_at = self._killed_at or time.monotonic()
 
@@ -134,8 +130,9 @@ class Worker:
             raise WorkerDied(self._describe_end()) from error
         if not self._poll(_START_TIMEOUT_SECONDS):
             raise WorkerDied(f"the worker process did not start within {_START_TIMEOUT_SECONDS:g} s")
-        # Read from the raw pipe: the buffer must be empty when `result` polls.
-        if (reply := self._process.stdout.read(1)) != _STARTED:
+        # Read from the raw pipe: the buffer must be empty when `result` polls. Without `poll`, it is what is looked at.
+        source = self._process.stdout if system.HAS_POLL else self._replies
+        if (reply := source.read(1)) != _STARTED:
             raise WorkerDied(self._reject("unexpected data") if reply else self._describe_end())
 
     def result(self) -> Any:
@@ -171,9 +168,8 @@ class Worker:
         Returns:
             Whether there was output; the end of the process counts.
         """
-        poll, deadline = select.poll(), time.monotonic() + seconds
-        poll.register(self._replies, select.POLLIN)
-        while not poll.poll(1000):
+        has_output, deadline = system.watch(self._replies), time.monotonic() + seconds
+        while not has_output(1.0):
             now = time.monotonic()
             if now > deadline or (self._killed_at and now > self._killed_at + KILL_TIMEOUT_SECONDS):
                 self.kill()
@@ -204,26 +200,24 @@ class Worker:
         if self._process.returncode is None:  # it closed its pipe but is alive
             self.close()
         code = self._process.returncode
-        if self._killed_at and code in (None, -signal.SIGKILL):
+        if self._killed_at and (code is None or system.was_killed(code)):
             return "the worker process was killed because it did not finish"
-        if code >= 0:
-            return f"the worker process ended with exit code {code}; see its output in the terminal"
-        if -code == signal.SIGALRM:
+        if system.timed_out(code):
             return (
                 f"reading it took more than {self._limits.seconds:g} s: take a part of it (start, end), or raise the "
                 "limit (read_seconds)"
             )
-        why = "perhaps out of memory" if -code == signal.SIGKILL else "the file may be damaged; convert it"
+        if code >= 0:
+            return f"the worker process ended with exit code {code}; see its output in the terminal"
+        why = "perhaps out of memory" if system.was_killed(code) else "the file may be damaged; convert it"
         return f"the worker process was killed by signal {-code} ({signal.Signals(-code).name}): {why}"
 
 
 def serve(limits: WorkerLimits) -> None:
     """Run a worker: take jobs from stdin and write replies to stdout, until the parent process is gone."""
-    memory = int(limits.memory_gib * (1 << 30))
-    if sys.platform != "darwin":  # which does not enforce it
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even in the middle of native code
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a parent that is gone is no error
+    system.limit_memory(int(limits.memory_gib * (1 << 30)))
+    system.ignore_broken_pipes()
+    deadline = system.Deadline()
     replies = os.fdopen(os.dup(1), "wb", PIPE_BYTES)
     os.dup2(2, 1)  # the output of libraries must not get into the replies
     log_records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
@@ -234,7 +228,7 @@ def serve(limits: WorkerLimits) -> None:
         job, result, error = jobs.get(), None, None
         replies.write(_STARTED)
         replies.flush()
-        signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+        deadline.start(limits.seconds)
         try:
             result = job()
         except ValueError as caught:
@@ -244,7 +238,7 @@ def serve(limits: WorkerLimits) -> None:
                 f"{job.args[0]}: the clip needs more than {limits.memory_gib:g} GiB: take a part of it (start, end), "
                 "or raise the limit (read_gib)"
             )
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        deadline.cancel()
         records = [log_records.get() for _ in range(log_records.qsize())]
         pickle.dump(_Reply(result, error, records), replies, protocol=pickle.HIGHEST_PROTOCOL)
         replies.flush()

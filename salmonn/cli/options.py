@@ -31,9 +31,9 @@ def add_model_options(parser: FlagParser) -> None:
     group.add_argument(
         "--published_positions", action="store_true", help="position ids as in the published 2+ inference code"
     )
-    group.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda if available)")
+    group.add_argument("--device", type=str | None, default=None, help="cpu, cuda, mps, ... (default: cuda, or cpu)")
     group.add_argument("--device_map", type=str | None, default=None, help="auto: split the model over all GPUs")
-    group.add_argument("--dtype", type=dtypes, default="auto", help="dtype of the weights (auto: bfloat16 on a GPU)")
+    group.add_argument("--dtype", type=dtypes, default="auto", help="dtype of the weights (auto: bfloat16 with cuda)")
     group.add_argument(
         "--attention",
         type=attentions,

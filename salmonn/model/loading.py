@@ -33,9 +33,11 @@ class Placement:
     """Device, type and quantization of a model's weights.
 
     Args:
-        device: device of the whole model: cpu, cuda, cuda:1, ...; None for this process's GPU, or the CPU without one.
+        device: device of the whole model: cpu, cuda, cuda:1, mps (Apple), ...; None for this process's CUDA GPU, or the
+            CPU without one.
         device_map: "auto" splits the model over all GPUs instead, and over the CPU where these have too little memory.
-        dtype: type of the weights; auto is bfloat16 on a GPU and float32 on a CPU. Quantized weights compute in it.
+        dtype: type of the weights; auto is bfloat16 on a CUDA GPU and float32 elsewhere. Quantized weights compute in
+            it.
         attention: attention of the towers; auto is flash attention on a GPU where it is installed, else SDPA. The
             language model always uses SDPA's kernels, since its rows share prefixes (`salmonn.model.attention`).
         bits: 8 or 4 to quantize the language model's matrices with bitsandbytes; None for no quantization.
@@ -56,7 +58,9 @@ class Placement:
         try:
             device = torch.device(self.device or "cpu")
         except RuntimeError as error:
-            raise ValueError(f"unknown device {self.device}; use cpu, cuda, cuda:1, ...") from error
+            raise ValueError(f"unknown device {self.device}; use cpu, cuda, cuda:1, mps, ...") from error
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError(f"no device {self.device}: torch finds no GPU of Apple here; use cpu")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"no device {self.device}: torch finds {torch.cuda.device_count()} GPUs; use another one, or cpu"

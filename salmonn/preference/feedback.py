@@ -8,7 +8,6 @@ A folder of feedback holds
 Folders of earlier versions (votes.jsonl with pairs.jsonl and log.jsonl) are read, too.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from salmonn import system
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Mark, Modality, append_record, parse_record, write_text
 
@@ -210,9 +210,9 @@ class FeedbackStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Lock the folder against other threads and processes."""
-        lock = os.open(self.folder, os.O_RDONLY)
+        lock = system.open_folder(self.folder)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            system.lock(lock)
             yield
         finally:
             os.close(lock)

@@ -5,7 +5,6 @@ Uploaded and fetched files are kept in a private folder and removed after use.
 
 import asyncio
 import base64
-import fcntl
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from salmonn import system
 from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError, fetch
 
 _PREFIX, _NEW_PREFIX = "salmonn-uploads-", "salmonn-new-"
@@ -186,13 +186,20 @@ def upload_folder(parent: Path | None = None) -> Iterator[Path]:
         parent: folder to create it in (default: the system's folder for temporary files).
     """
     parent = parent or Path(tempfile.gettempdir())
+    if not system.FOLDERS_CAN_BE_LOCKED:  # then the folder of a server that was killed stays
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
     _remove_abandoned(parent)
     new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=parent))
     # The lock lasts as long as this process, however it ends; systemd-tmpfiles respects it too. The folder gets its
     # final name once it is locked, so that no other server takes it for an abandoned one.
-    lock = os.open(new, os.O_RDONLY)
+    lock = system.open_folder(new)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        system.lock(lock)
         folder = new.rename(parent / new.name.replace(_NEW_PREFIX, _PREFIX))
         try:
             yield folder
@@ -206,14 +213,11 @@ def _remove_abandoned(parent: Path) -> None:
     """Remove the upload folders of this user's servers that no longer run."""
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = system.open_folder(folder)
         except OSError:  # another user's, or just removed
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # of a running server
-            continue
-        else:
-            shutil.rmtree(folder, ignore_errors=True)  # does not follow links
+            if system.try_lock(lock):  # else it is of a running server
+                shutil.rmtree(folder, ignore_errors=True)  # does not follow links
         finally:
             os.close(lock)

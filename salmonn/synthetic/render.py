@@ -22,6 +22,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from salmonn import system
 from salmonn.records import Reference, write_json, write_records
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.lexicon import COLOURS
@@ -72,7 +73,7 @@ def make_clips(
         progress(len(references) - len(missing))
     chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
     render = functools.partial(_render_clips, out_dir=out_dir, config=config)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(chunks))
+    workers = min(workers or system.num_cpus(), len(chunks))
     if workers <= 1:
         for chunk in chunks:
             progress(render(chunk))

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from salmonn import dist
+from salmonn import dist, system
 from salmonn.records import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ class Checkpoints:
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             save_file(dict(tensors), str(temporary), metadata={"step": json.dumps(step)})
-            _flush(temporary)
+            system.flush(temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -103,7 +102,7 @@ class Checkpoints:
                     _out_of_space_message(self.folder, size, what=f"the checkpoint of step {step}")
                 ) from error
             raise
-        _flush(self.folder)
+        system.flush(self.folder)
         write_json(_marker(path), {"step": step, "bytes": path.stat().st_size, "sha256": _sha256(path)})
         for old in sorted(self.folder.glob("step_*.safetensors"))[:-MAX_CHECKPOINTS]:
             _marker(old).unlink(missing_ok=True)
@@ -196,12 +195,3 @@ def _marker(path: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

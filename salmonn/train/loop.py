@@ -2,8 +2,6 @@
 
 import logging
 import math
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from salmonn import dist
+from salmonn import dist, system
 from salmonn.config import MAY_CHANGE
 from salmonn.model.network import Network
 from salmonn.train.checkpoint import CHECKPOINTS_DIR, Checkpoint, Checkpoints, load_trained
@@ -373,10 +371,7 @@ def _raise_not_finite(micro_batches: Sequence[Batch], total: float, *, norm: flo
 def _speed_metrics(micro_batches: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
     """Return tokens per second of all ranks, the peak memory of this rank, and the time of the step in seconds."""
     tokens = dist.all_reduce_sum(sum(batch.num_tokens for batch in micro_batches))
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else system.peak_memory_bytes()
     return {
         "tokens_per_second": tokens / seconds,
         "memory_gib": memory / (1 << 30),

@@ -115,7 +115,7 @@ def test_a_lock_that_another_process_deletes_is_taken_anew(files, monkeypatch):
         calls.append(operation)
         flock(file, operation)
 
-    monkeypatch.setattr("salmonn.batch.ledger.fcntl.flock", late_flock)
+    monkeypatch.setattr(fcntl, "flock", late_flock)
     with opened(files):
         assert len(calls) == 2 and files.lock.exists()
         with pytest.raises(LedgerError, match="another process is writing"), opened(files):
