@@ -9,6 +9,7 @@
 # make lab-rewards   what is claimed of reward models, on 3 seeds beside controls; update docs/lab.md: an estimated 90 minutes
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
 # make gpu-check     check and measure the GPU path at 7B shapes, on one GPU with 80 GiB or more (not run yet)
+# make image         build the Docker image for CPUs where Docker is installed (make image-cuda: for NVIDIA GPUs)
 # make docs          build the documentation in site/
 # make tiny          train the toy model from scratch and replace the shipped one: two hours on 2 cores
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 EXACTNESS_TESTS := tests/test_parity.py tests/model/test_qwen3_vl.py tests/model/test_d_orca.py tests/caption/test_omni.py \
 	tests/caption/test_generic.py
 
-.PHONY: setup test test-slow exactness test-resume fuzz docs lint mrdpo proof ablation lab-rewards bench gpu-check tiny clean
+.PHONY: image image-cuda setup test test-slow exactness test-resume fuzz docs lint mrdpo proof ablation lab-rewards bench gpu-check tiny clean
 
 setup: $(VENV)/installed
 
@@ -65,6 +66,21 @@ fuzz: setup
 # The table of differences from transformers and the published code (docs/published.md).
 exactness: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s $(EXACTNESS_TESTS) | grep -E '^(\||[0-9]+ (passed|failed))'
+
+# CPU_INDEX and CUDA_INDEX are the indexes of the builds of torch.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+CUDA_INDEX ?= https://download.pytorch.org/whl/cu130
+
+image:
+	@if docker info > /dev/null 2>&1; then \
+	  docker build --tag salmonn --build-arg TORCH=$(TORCH) --build-arg INDEX=$(CPU_INDEX) . && docker run --rm salmonn --version; \
+	else echo "no image was built: Docker is not installed, or its service is not running"; fi
+
+image-cuda:
+	@if docker info > /dev/null 2>&1; then \
+	  docker build --tag salmonn-cuda --build-arg TORCH=$(TORCH) --build-arg INDEX=$(CUDA_INDEX) . && \
+	  docker run --rm salmonn-cuda --version; \
+	else echo "no image was built: Docker is not installed, or its service is not running"; fi
 
 docs: setup
 	$(BIN)/mkdocs build

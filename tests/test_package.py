@@ -1,5 +1,6 @@
 """The package: its data files, its license, and a wheel that contains all of them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -53,3 +54,20 @@ def test_docker_image(tmp_path):
     subprocess.run(["docker", "build", "--tag", tag, str(ROOT)], check=True, timeout=RUN_SECONDS)
     command = ["docker", "run", "--rm", tag, "--version"]
     assert "salmonn" in subprocess.run(command, check=True, capture_output=True, text=True, timeout=RUN_SECONDS).stdout
+
+
+@pytest.mark.parametrize(("target", "index"), [("image", "whl/cpu"), ("image-cuda", "whl/cu130")])
+def test_images_are_built_where_docker_runs(tmp_path, target, index):
+    """With a stand-in for docker: what is built and started; where docker does not run, a sentence and no failure."""
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
+    docker.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    make = ["make", "--silent", target]
+    subprocess.run(make, cwd=ROOT, env=environment, check=True)
+    _, build, run = (tmp_path / "calls").read_text().splitlines()
+    assert build.startswith("build --tag salmonn") and index in build and "TORCH=torch==" in build
+    assert run.startswith("run --rm salmonn") and run.endswith("--version")
+    docker.write_text("#!/bin/sh\nexit 1\n")
+    result = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "no image was built" in result.stdout
