@@ -4,7 +4,7 @@ A clip is prefilled once for all its samples and questions, which share its KV c
 its own, so that it does not depend on the other rows of the batch, which may come and go at any time.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import compress, starmap
 from typing import NamedTuple
 
@@ -81,12 +81,23 @@ class DecodeBatch:
         network: network in evaluation mode.
         stop_ids: token ids that end a row.
         grammars: compiler of JSON schemas, for sampling parameters that have one.
+        is_ahead: start the decode step of the next tokens before these are read from the device, so that it does not
+            wait for the host; a row that has ended computes one token too many, which is dropped (default: on a GPU).
     """
 
-    def __init__(self, network: Network, *, stop_ids: Sequence[int], grammars: JsonGrammars | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        *,
+        stop_ids: Sequence[int],
+        grammars: JsonGrammars | None = None,
+        is_ahead: bool | None = None,
+    ) -> None:
         self.network = network
         self.stop_ids = stop_ids
         self.grammars = grammars
+        self._is_ahead = network.device.type == "cuda" if is_ahead is None else is_ahead
+        self._is_decoded = False  # whether the logits after the last tokens are computed
         self._num_added = 0
         self._groups: list[_PrefillGroup] = []  # their rows, in this order, are those of the cache
         self._cache: KVCache | None = None
@@ -155,9 +166,19 @@ class DecodeBatch:
         """
         for group in self._groups:
             group.cancel(cancelled)
-        if any(group.is_active and group.num_sampled for group in self._groups):
+        if not self._is_decoded and any(group.is_active and not group.is_waiting for group in self._groups):
             self._decode()
-        sampled = {row: token for group in self._groups if group.is_active for row, token in group.sample().items()}
+        self._is_decoded = False
+        active = [group for group in self._groups if group.is_active]
+        for group in active:
+            group.sample()
+        for group in self._groups:
+            group.is_waiting = False
+        # The next tokens of a JSON schema depend on these, on the host.
+        if self._is_ahead and self and not any(group.has_constraints for group in active):
+            self._decode()
+            self._is_decoded = True
+        sampled = {row: token for group in active for row, token in group.read_tokens().items()}
         if not self:
             self._groups, self._cache = [], None
         return sampled
@@ -167,13 +188,11 @@ class DecodeBatch:
         assert self._cache is not None
         self._evict_finished()
         # Groups that were added since the last step have the logits of their first tokens from prefill.
-        waiting = [group for group in self._groups if not group.num_sampled]
-        started = self._groups[: len(self._groups) - len(waiting)]
-        num_waiting = sum(map(len, waiting))
-        tokens = torch.cat([group.tokens for group in started])
-        logits = self.network.decode_step(F.pad(tokens, (0, num_waiting)), self._cache, num_waiting=num_waiting)
-        parts = logits.split([*map(len, started), num_waiting])
-        for group, part in zip(started, parts, strict=False):
+        started = [group for group in self._groups if not group.is_waiting]
+        num_waiting = sum(len(group) for group in self._groups if group.is_waiting)
+        tokens = torch.cat([group.tokens for group in self._groups])
+        logits = self.network.decode_step(tokens, self._cache, num_waiting=num_waiting)
+        for group, part in zip(started, logits.split([*map(len, started), num_waiting]), strict=False):
             group.record_tokens()
             group.logits = part
 
@@ -213,8 +232,10 @@ class _PrefillGroup:
         constraints: Constraints | None = None,
     ) -> None:
         self.logits = logits
-        self.tokens = torch.empty(0, dtype=torch.long)  # (R,) last sampled tokens
-        self.num_sampled = 0
+        self.tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)  # (R,) last sampled tokens
+        self.is_waiting = True  # for its first tokens
+        self._num_sampled = 0
+        self._unread: _UnreadTokens | None = None
         self._rows = list(rows)
         self._penalty = penalty
         self._uniforms = uniforms
@@ -231,9 +252,14 @@ class _PrefillGroup:
         """Whether any row has not ended."""
         return any(self.active)
 
+    @property
+    def has_constraints(self) -> bool:
+        """Whether tokens must continue answers of a JSON schema."""
+        return self._constraints is not None
+
     def cancel(self, rows: Collection[int]) -> None:
         """End rows by their numbers."""
-        self._end(row in rows for row in self._rows)
+        self.active = [active and row not in rows for row, active in zip(self._rows, self.active, strict=True)]
 
     def record_tokens(self) -> None:
         """Add the last sampled tokens to the history that the repetition penalty applies to."""
@@ -244,35 +270,63 @@ class _PrefillGroup:
         if all(self.active):
             return
         active = torch.tensor(self.active)
-        self.tokens, self._uniforms, self._penalty.history = (
-            tensor[active.to(tensor.device)] for tensor in (self.tokens, self._uniforms, self._penalty.history)
+        self.tokens, self.logits, self._uniforms, self._penalty.history = (
+            tensor[active.to(tensor.device)]
+            for tensor in (self.tokens, self.logits, self._uniforms, self._penalty.history)
         )
         if self._constraints is not None:
             self._constraints.evict(self.active)
         self._rows = list(compress(self._rows, self.active))
         self.active = [True] * len(self._rows)
 
-    def sample(self) -> dict[int, SampledToken]:
-        """Sample the next token of all rows and return those of the active ones."""
-        uniforms = self._uniforms[:, self.num_sampled]
+    def sample(self) -> None:
+        """Sample the next token of all rows; `read_tokens` returns those of the active ones."""
         logits = self._penalty(self.logits)
         if self._constraints is not None:
             logits = self._constraints.mask(logits, self.active)
-        self.tokens = sample_tokens(logits, uniforms, sampling=self._sampling)
-        self.num_sampled += 1
-        if self._sampling.logprobs is None:
-            sampled = [SampledToken(token) for token in self.tokens.tolist()]
-        else:
-            sampled = with_logprobs(self.tokens, self.logits, num_top=self._sampling.logprobs)
+        self.tokens = sample_tokens(logits, self._uniforms[:, self._num_sampled], sampling=self._sampling)
+        self._unread = _UnreadTokens(self._rows, self.active, self.tokens, self.logits, self._sampling.logprobs)
+        self._num_sampled += 1
+        if self._num_sampled == self._sampling.max_new_tokens:
+            self.active = [False] * len(self.active)
+
+    def read_tokens(self) -> dict[int, SampledToken]:
+        """Return the last sampled tokens by row number, and end rows with a stop token."""
+        assert self._unread is not None
+        sampled, is_active, rows = self._unread.read(), self._unread.active, self._unread.rows
+        self._unread = None
         if self._constraints is not None:
-            self._constraints.advance([token.id for token in sampled], self.active)
-        returned = dict(compress(zip(self._rows, sampled, strict=True), self.active))
-        is_full = self.num_sampled == self._sampling.max_new_tokens
-        self._end(is_full or token.id in self._stop_ids for token in sampled)
+            self._constraints.advance([token.id for token in sampled], is_active)
+        returned = dict(compress(zip(rows, sampled, strict=True), is_active))
+        self.cancel({row for row, token in returned.items() if token.id in self._stop_ids})
         return returned
 
-    def _end(self, ended: Iterable[bool]) -> None:
-        self.active = [active and not ends for active, ends in zip(self.active, ended, strict=True)]
+
+class _UnreadTokens:
+    """Sampled tokens on their way from the device to the host.
+
+    Args:
+        rows: numbers of the R rows.
+        active: (R,) whether each row is active.
+        tokens: (R,) token ids.
+        logits: (R, V) logits that they were sampled from.
+        logprobs: see `Sampling`.
+    """
+
+    def __init__(
+        self, rows: Sequence[int], active: Sequence[bool], tokens: Tensor, logits: Tensor, logprobs: int | None
+    ) -> None:
+        self.rows, self.active = rows, active
+        self._read = None if logprobs is None else with_logprobs(tokens, logits, num_top=logprobs)
+        # It is complete when the work before it is; `tolist` on the device would wait for later work, too.
+        self._tokens = tokens.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+
+    def read(self) -> list[SampledToken]:
+        """Wait for the copy and return the tokens."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [SampledToken(token) for token in self._tokens.tolist()] if self._read is None else self._read
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Tensor:

@@ -9,6 +9,7 @@ The windows of Qwen2.5-VL's vision tower, thousands in a clip, go through SDPA i
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,9 @@ NAME = "salmonn"  # of this implementation, in a decoder's config
 # Of `window_attention`, in the config of a vision tower. Transformers passes the boundaries of the windows to attention
 # that has "flash" in its name, and calls any other one for each window.
 WINDOW_NAME = "salmonn_flash_windows"
-WINDOW_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# All but cuDNN, which PyTorch prefers on recent GPUs. It builds a plan, in up to 0.4 s, for each new shape, and each clip
+# has its own length. In training, where a step takes seconds, its faster kernels are worth two plans.
+BACKENDS_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class AttentionBackend(Protocol):
@@ -111,8 +114,7 @@ def window_attention(
             tensor[0].transpose(0, 1)[place].unflatten(0, (-1, length)).transpose(1, 2)  # (W, H, length, d)
             for tensor in (query, key, value)
         )
-        # cuDNN, which PyTorch prefers on recent GPUs, would build a plan for each number of windows.
-        with sdpa_kernel(WINDOW_BACKENDS, set_priority=True):
+        with sdpa_kernel(BACKENDS_WITHOUT_PLANS, set_priority=True):
             output = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         places.append(place)
@@ -195,6 +197,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sca
         # The memory-efficient kernel for float32 takes no groups; the fallback would form all scores.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
         is_grouped = False
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
-    )
+    with nullcontext() if torch.is_grad_enabled() else sdpa_kernel(BACKENDS_WITHOUT_PLANS, set_priority=True):
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
+        )

@@ -10,7 +10,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption import generate as generate_module
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import generate, sample_tokens, with_logprobs
+from salmonn.caption.generate import DecodeBatch, SampledToken, generate, sample_tokens, with_logprobs
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
 from salmonn.caption.processor import PromptRow
 from tests.completions import complete
@@ -277,6 +277,34 @@ def test_finished_rows_are_removed(captioner, media):
     num_active = [sum(length >= step for length in lengths) for step in range(1, len(sizes))]  # at each step
     assert len(set(sizes[1:])) > 2
     assert all(active <= size < 8 / 7 * active + 1 for active, size in zip(num_active, sizes[1:], strict=True))
+
+
+def test_decoding_ahead_gives_the_same_tokens(captioner, media):
+    """Rows join, end at a stop token, at their limit or because they are cancelled, some before their first token."""
+    inputs = captioner.processor.collate([PromptRow(0, "Tell."), PromptRow(1, "Say.")], media[:2])
+    hot, steps = replace(SAMPLED, temperature=20.0), []
+
+    def tokens(*, is_ahead: bool, stop_ids: list[int]) -> dict[int, list[SampledToken]]:
+        batch, found = DecodeBatch(captioner.network, stop_ids=stop_ids, is_ahead=is_ahead), {}
+        batch.add(inputs, sampling=hot, num_samples=4, seeds=[1, 2])
+        for step in range(100):
+            if step in (2, 5):
+                sampling = replace(hot, max_new_tokens=4, logprobs=1 if step == 5 else None)
+                batch.add(inputs, sampling=sampling, num_samples=2, seeds=[step, step + 1])
+            for row, token in batch.step({2: {1, 9}, 5: {12, 13, 14, 15}, 6: {3}}.get(step, ())).items():
+                found.setdefault(row, []).append(token)
+            if not batch:
+                steps.append(step)
+                return found
+        raise AssertionError("the batch does not end")
+
+    first = tokens(is_ahead=False, stop_ids=[-1])
+    stop_ids = [first[0][4].id, first[2][1].id, first[8][2].id]
+    expected, found = (tokens(is_ahead=is_ahead, stop_ids=stop_ids) for is_ahead in (False, True))
+    ids = [{row: [token.id for token in of] for row, of in one.items()} for one in (expected, found)]
+    assert ids[0] == ids[1] and len(set(map(len, ids[0].values()))) > 3
+    assert 9 not in ids[0] and len(ids[0][1]) == 2 and len(ids[0]) == 11
+    assert steps[1] == steps[2]
 
 
 def test_rows_end_at_their_stop_strings(captioner, media):

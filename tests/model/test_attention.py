@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from salmonn.caption.processor import PromptRow
+from salmonn.model import attention
 from salmonn.model.attention import PackedAttention, PrefillAttention, use_packed_attention
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.lora import LoraConfig, attach_lora
@@ -132,6 +133,7 @@ def test_gradients_of_an_adapter_equal_those_of_separate_rows(request, videos, m
 MEASURE_MEMORY = """
 import torch
 from pathlib import Path
+from salmonn.model import attention
 from salmonn.model.attention import PackedAttention
 from salmonn.model.packing import PrefixGroup, PackedBatch
 torch.set_num_threads(1)
@@ -151,6 +153,23 @@ def test_long_sequences_need_no_full_mask():
     """10,600 tokens: a boolean mask would need 112 MB, a float mask 449; the suffixes' mask needs 8."""
     result = subprocess.run(forked(sys.executable, "-c", MEASURE_MEMORY), capture_output=True, text=True, check=True)
     assert int(result.stdout) < 60e6
+
+
+def test_prefill_does_not_use_cudnn(monkeypatch):
+    """It would build a plan for the length of each clip; in training its kernels are worth it."""
+    chosen = []
+    sdpa = attention.F.scaled_dot_product_attention
+
+    def record(*args, **options):
+        chosen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", record)
+    tensors = [random_heads(15, num_heads=number, seed=number) for number in (4, 2, 2)]
+    trained = PackedAttention(PACKED).attend(0, *tensors, scale=SCALE)
+    with torch.no_grad():
+        prefilled = PackedAttention(PACKED).attend(0, *tensors, scale=SCALE)
+    assert chosen == [True] * 5 + [False] * 5 and torch.equal(trained, prefilled)
 
 
 def test_a_sliding_window_is_rejected(captioner):
