@@ -28,8 +28,8 @@ NAME = "salmonn"  # of this implementation, in a decoder's config
 # Of `window_attention`, in the config of a vision tower. Transformers passes the boundaries of the windows to attention
 # that has "flash" in its name, and calls any other one for each window.
 WINDOW_NAME = "salmonn_flash_windows"
-# All but cuDNN, which PyTorch prefers on recent GPUs. It builds a plan, in up to 0.4 s, for each new shape, and each clip
-# has its own length. In training, where a step takes seconds, its faster kernels are worth two plans.
+# All but cuDNN, which PyTorch prefers on recent GPUs. It builds a plan, in up to 0.4 s, for each new shape, and each
+# clip has its own length. In training, where a step takes seconds, its faster kernels are worth two plans.
 BACKENDS_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
