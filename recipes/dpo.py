@@ -17,7 +17,7 @@ from pathlib import Path
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.config import run_recipe
+from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.loading import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
@@ -30,7 +30,7 @@ from salmonn.records import Comparison, iter_numbered_records
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import ClipSource, check_texts, require_files
 from salmonn.train.dry_run import check_adapters, print_adapter_plan
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.encoding import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import FitConfig, FitContext, check_processes, fit
@@ -39,6 +39,7 @@ from salmonn.train.reference_logps import make_preference_batches
 from salmonn.train.rounds import IMPORTANCE_NAME, keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 from salmonn.train.run_steps import MERGED_FILES, Step, fingerprint, flat_settings
+from salmonn.train.sharded import load_encoding_model, load_policy, merge_sharded
 from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("dpo")
@@ -61,6 +62,8 @@ class OfflineDpoConfig(RunConfig):
         loss: loss.
         lora: adapter.
         fit: optimization.
+        load_sharded: load only a part of the weights into each process, for models that do not fit on one GPU; needs
+            strategy fsdp2.
     """
 
     preferences: Path | None = None
@@ -70,9 +73,12 @@ class OfflineDpoConfig(RunConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
+    load_sharded: bool = field(default=False, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.load_sharded and self.strategy != "fsdp2":
+            raise ValueError(f"load_sharded needs strategy fsdp2, got {self.strategy}; set --strategy fsdp2")
         if (self.preferences is None) == (self.feedback is None) and not self.dry_run:
             raise ValueError(
                 "give either --preferences, a file of preference pairs, or --feedback, a folder of people's feedback"
@@ -113,13 +119,17 @@ def main(config: OfflineDpoConfig) -> None:
         return
 
     # Load. The frozen encoders run once on each clip.
-    captioner = config.load_model(config.model)
+    load_model = partial(load_encoding_model, config=config) if config.load_sharded else config.load_model
+    captioner = load_model(config.model)
     has_truth = any(comparison.ground_truth for comparison, _ in comparisons)
     loss = make_loss(config.loss if has_truth else replace(config.loss, ce_weight=0.0))
     examples = load_examples(comparisons, captioner, config, left_out=left_out, roles=loss.roles)
 
     # Train.
-    attach_lora(captioner.network, config.lora, seed=config.seed)
+    if config.load_sharded:
+        load_policy(captioner, config.model, config, lora=config.lora, seed=config.seed)
+    else:
+        attach_lora(captioner.network, config.lora, seed=config.seed)
     batches = make_preference_batches(captioner, examples, loss, config.fit, seed=config.seed, folder=config.out)
     context = FitContext(config.loss.title, config.out, config.seed, config.strategy)
     fit_config = config.fit.resolve(len(examples))
@@ -128,7 +138,8 @@ def main(config: OfflineDpoConfig) -> None:
 
         # Merge and save. Free the network first: merging loads the model again, and a GPU may hold only one.
         del captioner, batches
-        merge_checkpoint(checkpoint, base=config.model, lora=config.lora, config=config, folder=config.out)
+        merge = merge_sharded if config.load_sharded else merge_checkpoint
+        merge(checkpoint, base=config.model, lora=config.lora, config=config, folder=config.out)
 
 
 def load_comparisons(

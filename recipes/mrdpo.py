@@ -40,7 +40,7 @@ from salmonn.train.data import (
     sft_loss,
 )
 from salmonn.train.dry_run import check_adapters
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.influence import best_captions, rate_by_influence, shuffle_ratings, split_clips
 from salmonn.train.kl import kl_callback

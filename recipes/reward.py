@@ -36,7 +36,7 @@ from salmonn.records import Caption, Reference, Score, read_records, write_recor
 from salmonn.score.formats import read_scores
 from salmonn.train.data import ClipSource, check_texts
 from salmonn.train.dry_run import check_adapters, print_adapter_plan
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.encoding import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import check_processes

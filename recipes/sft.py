@@ -52,15 +52,8 @@ from salmonn.train.data import (
     sft_loss,
 )
 from salmonn.train.dry_run import MemoryPlan, Workload, build_on_meta, clips_per_micro_batch, print_plan
-from salmonn.train.evaluate import (
-    ANSWERS_NAME,
-    RATES_NAME,
-    SCORES_NAME,
-    cache_features,
-    encode_clips,
-    evaluate,
-    write_evaluation,
-)
+from salmonn.train.encoding import cache_features, encode_clips
+from salmonn.train.evaluate import ANSWERS_NAME, RATES_NAME, SCORES_NAME, evaluate, write_evaluation
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.left_out import LeftOut, leave_out_unreadable
 from salmonn.train.loop import FitConfig, FitContext, check_processes, fit

@@ -35,8 +35,7 @@ def setup(*, threads: int | None = None, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     if world_size() > 1 and not torch_dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())  # otherwise every rank would compute on the first GPU
@@ -68,6 +67,11 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Return the number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:

@@ -30,6 +30,7 @@ from salmonn.caption.scheduler import ScheduledSequence, Scheduler
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape
 from salmonn.caption.streaming import Completion, StreamingGenerator
+from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
@@ -137,9 +138,7 @@ class Captioner:
         with atomic_folder(half) as folder:
             self.processor.save(folder)
             save_network(self.network, folder)
-        for file in sorted(half.iterdir(), key=lambda file: file.name == CONFIG_NAME):
-            file.replace(half.parent / file.name)
-        half.rmdir()
+        publish_half(half)
 
     def caption(self, path: Path | str, **options: Unpack[RequestOptions]) -> Caption:
         """Describe one video, or answer any prompt about it.
@@ -328,7 +327,7 @@ class Captioner:
 
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
-            read = partial(TimedInputs.of, self.processor)
+            read = partial(TimedInputs.of, self.prepare)
             if shape is None:
                 clips = reader.clips(jobs(), size=limits.num_rows, finish=read, segments=segments, store=store)
                 yield from caption_clips(self, clips, limits=limits)
@@ -350,15 +349,21 @@ class Captioner:
         features: list[ClipFeatures] = []
         for start in range(0, len(clips), batch_size):
             batch = [clip.to(self.network.device) for clip in clips[start : start + batch_size]]
-            layouts = [self.processor.make_layout(clip) for clip in batch]
-            tokens = self.network.encode(batch, layouts)
-            features += [
-                ClipFeatures(one.cpu(), layout, clip.info)
-                for one, layout, clip in zip(tokens, layouts, batch, strict=True)
-            ]
+            features += [replace(one, tokens=one.tokens.cpu()) for one in self.encode_on_device(batch)]
             if on_progress:
                 on_progress(len(batch))
         return features
+
+    @torch.no_grad()
+    def encode_on_device(self, clips: Sequence[ClipInputs]) -> list[ClipFeatures]:
+        """Run the encoders on clips that lie on the model's device; the features stay there."""
+        layouts = [self.processor.make_layout(clip) for clip in clips]
+        tokens = self.network.encode(clips, layouts)
+        return [ClipFeatures(one, layout, clip.info) for one, layout, clip in zip(tokens, layouts, clips, strict=True)]
+
+    def prepare(self, clip: Clip) -> ClipInputs:
+        """Convert a clip to the encoders' inputs, in pinned memory if the model is on a GPU; for threads of readers."""
+        return self.processor.clip_inputs(clip).pin_for(self.network.device)
 
     def default_prompt(self, modality: Modality = "both") -> str:
         """Return the prompt that the model was trained to answer with a caption.
@@ -381,12 +386,17 @@ class Captioner:
 
     def read_spec(self, request: CaptionRequest) -> ReadSpec:
         """Return what this model reads of a request's file; raises a ValueError if it cannot take such frames."""
-        span, device = request.span, self.network.device
+        span = request.span
         spec = self.processor.read_spec(
             request.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds
         )
         if request.frames:
             spec = replace(spec, sampler=spec.sampler.with_options(request.frames))
+        return self.place_reader(spec)
+
+    def place_reader(self, spec: ReadSpec) -> ReadSpec:
+        """Return a specification whose reader, if it decodes on a GPU, does so on this model's."""
+        device = self.network.device
         # A worker process would decode on the first GPU instead of the model's.
         is_on_gpu = spec.reader.endswith(":cuda") and device.index is not None
         return replace(spec, reader=f"{spec.reader}:{device.index}") if is_on_gpu else spec
@@ -420,3 +430,10 @@ class Captioner:
 def _file_key(request: CaptionRequest) -> tuple[object, ...]:
     """Return what is read for a request."""
     return request.path, request.span, request.modality, request.frames
+
+
+def publish_half(half: Path) -> None:
+    """Move the files of a complete model to its folder, the parent; config.json, which marks it as complete, last."""
+    for file in sorted(half.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+        file.replace(half.parent / file.name)
+    half.rmdir()

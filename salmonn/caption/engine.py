@@ -240,7 +240,7 @@ class Engine:
         processor = self.captioner.processor
 
         def prepare(clip: Clip) -> tuple[ClipInputs | ClipFeatures, int]:
-            inputs = processor.clip_inputs(clip)
+            inputs = self.captioner.prepare(clip)
             return inputs, processor.count_tokens(inputs, prompt)
 
         if cached is None:

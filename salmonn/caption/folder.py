@@ -1,6 +1,6 @@
 """Captions of clips as they are read: others join as captions end; or, in a shape, batch by batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,7 +10,6 @@ import torch
 from salmonn.caption.generator import CaptionRequest, SegmentResult, to_failure
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipJob, ReadResult
-from salmonn.caption.processor import Processor
 from salmonn.caption.shape import Shape, shape_captions
 from salmonn.caption.streaming import Completion
 from salmonn.media.clip import Clip
@@ -29,9 +28,9 @@ class TimedInputs:
     seconds: float
 
     @classmethod
-    def of(cls, processor: Processor, clip: Clip) -> "TimedInputs":
-        """Convert a clip that was read."""
-        return cls(processor.clip_inputs(clip), clip.duration_seconds)
+    def of(cls, prepare: Callable[[Clip], ClipInputs], clip: Clip) -> "TimedInputs":
+        """Convert a clip that was read by `Captioner.prepare`."""
+        return cls(prepare(clip), clip.duration_seconds)
 
 
 def caption_clips(

@@ -115,6 +115,30 @@ class AudioReadSpec(ReadSpec):
             return Clip(str(path), np.zeros((0, 0, 0, 3), np.uint8), np.zeros(0), None, 0.0, 0.0, 0.0)
 
 
+@dataclass(frozen=True)
+class SeparateAudioSpec(ReadSpec):
+    """A `ReadSpec` for a video with its audio in another file.
+
+    Args:
+        sound: audio file.
+    """
+
+    sound: Path | None = None
+
+    def read(self, path: Path | str) -> Clip:
+        """Read the files; raises what `read_clip` raises."""
+        assert self.sound is not None, "without a sound file, a ReadSpec reads the clip"
+        if not self.video:
+            return ReadSpec.read(self, self.sound)
+        clip = ReadSpec.read(replace(self, audio=False), path)
+        if not self.audio:
+            return clip
+        audio = ReadSpec.read(replace(self, video=False), self.sound)
+        warnings = (*clip.warnings, *audio.warnings)
+        is_complete = clip.is_complete and audio.is_complete
+        return replace(clip, waveform=audio.waveform, warnings=warnings, is_complete=is_complete)
+
+
 def check_duration(path: Path | str, seconds: float, *, max_seconds: float) -> None:
     """Raise a ClipError if a clip is too long."""
     if seconds > max_seconds:
@@ -166,12 +190,16 @@ class ClipJob:
 ReadResult = tuple[ClipJob, Result | ValueError]
 
 
-def default_num_workers(num_clips: int) -> int:
+def default_num_workers(num_clips: int, *, num_processes: int = 1) -> int:
     """Return the number of workers for some clips: the cores that this process may use, up to 8.
 
     It is at least 1: a file that kills its decoder must not kill the caller.
+
+    Args:
+        num_clips: number of clips.
+        num_processes: processes on this machine that start workers and share its cores.
     """
-    return max(1, min(system.num_cpus(), MAX_WORKERS, num_clips))
+    return max(1, min(system.num_cpus() // num_processes, MAX_WORKERS, num_clips))
 
 
 class ClipReader:

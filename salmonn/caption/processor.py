@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from salmonn.caption.constraint import JsonGrammars
 from salmonn.caption.generator import History
-from salmonn.caption.loader import ReadSpec
+from salmonn.caption.loader import ReadSpec, SeparateAudioSpec
 from salmonn.caption.prompt import Prompt, answer_ids, prompt_ids, refuse_special_tokens
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
@@ -149,17 +149,9 @@ class Processor:
             ClipError: a file cannot be read, or lacks a stream that `modality` needs.
         """
         spec = self.read_spec(modality, start_seconds=start_seconds, end_seconds=end_seconds)
-        if sound is None:
-            return self.clip_inputs(spec.read(path))
-        if not spec.video:
-            return self.clip_inputs(spec.read(sound))
-        clip = replace(spec, audio=False).read(path)
-        if not spec.audio:
-            return self.clip_inputs(clip)
-        audio = replace(spec, video=False).read(sound)
-        warnings = (*clip.warnings, *audio.warnings)
-        is_complete = clip.is_complete and audio.is_complete
-        return self.clip_inputs(replace(clip, waveform=audio.waveform, warnings=warnings, is_complete=is_complete))
+        if sound is not None:
+            spec = SeparateAudioSpec(**vars(spec), sound=Path(sound))
+        return self.clip_inputs(spec.read(path))
 
     def read_spec(
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None

@@ -88,7 +88,7 @@ def _family_of(base: str) -> "Family":
 def _measure(base: str) -> tuple[int, int]:
     """Return the number of parameters, and the bytes on a GPU for one caption; no weights are loaded."""
     from salmonn.model.loading import Placement
-    from salmonn.train.dry_run import RESERVE, MemoryPlan, Workload, build_on_meta
+    from salmonn.train.dry_run import LIBRARY_BYTES, MemoryPlan, Workload, build_on_meta
     from salmonn.train.loop import FitConfig
 
     config = _family_of(base).config
@@ -96,4 +96,4 @@ def _measure(base: str) -> tuple[int, int]:
     work = Workload(clips=1, answers=1)
     plan = MemoryPlan(network, config, placement=Placement(dtype="bfloat16"), fit=FitConfig(), work=work)
     memory = plan.captioning(max_new_tokens=config.max_new_tokens)
-    return sum(value.numel() for value in network.parameters()), memory.peak + RESERVE
+    return sum(value.numel() for value in network.parameters()), memory.peak + LIBRARY_BYTES

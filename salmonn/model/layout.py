@@ -92,8 +92,14 @@ class ClipInputs:
     info: ClipInfo = ClipInfo()
 
     def to(self, device: torch.device | str) -> "ClipInputs":
-        """Copy the tensors to a device."""
-        return replace(self, pixels=self.pixels.to(device), mel=self.mel.to(device))
+        """Copy the tensors to a device; from pinned memory without waiting for the copies."""
+        return replace(self, pixels=_copy(self.pixels, device), mel=_copy(self.mel, device))
+
+    def pin_for(self, device: torch.device) -> "ClipInputs":
+        """Return the clip in pinned memory if the device is a GPU, which copies it from there beside its work."""
+        if device.type != "cuda":
+            return self
+        return replace(self, pixels=self.pixels.pin_memory(), mel=self.mel.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -162,16 +168,30 @@ class ModelInputs:
         )
 
     def to(self, device: torch.device | str) -> "ModelInputs":
-        """Copy the tensors to a device."""
+        """Copy the tensors to a device; from pinned memory without waiting for the copies."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-            labels=self.labels.to(device),
+            input_ids=_copy(self.input_ids, device),
+            attention_mask=_copy(self.attention_mask, device),
+            position_ids=_copy(self.position_ids, device),
+            labels=_copy(self.labels, device),
             clip_inputs=tuple(clip.to(device) for clip in self.clip_inputs),
-            clip_features=tuple(tokens.to(device) for tokens in self.clip_features),
+            clip_features=tuple(_copy(tokens, device) for tokens in self.clip_features),
         )
+
+    def pin_for(self, device: torch.device) -> "ModelInputs":
+        """Return the clips in pinned memory if the device is a GPU; features on disk are read for that."""
+        if device.type != "cuda":
+            return self
+        return replace(
+            self,
+            clip_inputs=tuple(clip.pin_for(device) for clip in self.clip_inputs),
+            clip_features=tuple(tokens.pin_memory() for tokens in self.clip_features),
+        )
+
+
+def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def text_positions(is_clip: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> Tensor:

@@ -180,7 +180,7 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
         network, info = Network.from_pretrained(
             str(path),
             config=config,
-            key_mapping=None if _is_ours(_read_config_file(path)) else dict(get_family(config).weight_names),
+            key_mapping=published_names(path) or None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             use_safetensors=True,
@@ -210,6 +210,15 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
         if not placement.bits:
             merge_adapter(network)
     return network.eval()
+
+
+def published_names(path: Path | str) -> dict[str, str]:
+    """Return patterns of the names of a model's weights in its files, with our names; none for a model of this project.
+
+    Raises:
+        ValueError: there is no model in the path, or it is of no known family.
+    """
+    return {} if _is_ours(_read_config_file(path)) else dict(get_family(load_config(path)).weight_names)
 
 
 def read_model_type(path: Path | str) -> tuple[str | None, bool]:

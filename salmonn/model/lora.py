@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER = "default"  # PEFT's name of the only adapter
 
 
 @dataclass(frozen=True)
@@ -136,22 +137,48 @@ def merge_in_float32(network: Network, folders: Sequence[Path]) -> MergeRounding
     Returns:
         Rounding of the last adapter's update: the applied update is that from the rounded sum of those before.
     """
-    adapters = [read_factors(folder) for folder in folders]
-    along = length = lost = 0.0
-    for name in dict.fromkeys(key for adapter in adapters for key in adapter):
-        weight = network.lm.get_parameter(f"{name}.weight")
-        before = exact = weight.float()
-        for adapter in adapters:
-            delta = adapter[name].product(weight.device) if name in adapter else torch.zeros_like(exact)
+    merge = AdapterSum(folders)
+    for name in merge.names:
+        weight = network.lm.get_parameter(name)
+        weight.copy_(merge.add_to(name, weight))
+    network.requires_grad_(False)
+    return merge.rounding()
+
+
+class AdapterSum:
+    """The sum of saved adapters, which is added to weights one by one.
+
+    Args:
+        folders: PEFT folders that `save_adapter` has written, in the order of training.
+
+    Attributes:
+        names: weights that an adapter changes, by their names in the language model.
+        squares: sums over what has been merged, which `rounding` is computed from.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._adapters = [read_factors(folder) for folder in folders]
+        self.names = list(dict.fromkeys(f"{key}.weight" for adapter in self._adapters for key in adapter))
+        self.squares = [0.0, 0.0, 0.0]
+
+    def add_to(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight with the adapters added in float32, rounded once to its type."""
+        key, before, exact = name.removesuffix(".weight"), weight.float(), weight.float()
+        for adapter in self._adapters:
+            delta = adapter[key].product(weight.device) if key in adapter else torch.zeros_like(exact)
             before, exact = exact, exact + delta
         merged = exact.to(weight.dtype)
         applied = merged.float() - before.to(weight.dtype).float()
-        along += (applied * delta).sum(dtype=torch.float64).item()
-        length += delta.square().sum(dtype=torch.float64).item()
-        lost += (applied - delta).square().sum(dtype=torch.float64).item()
-        weight.copy_(merged)
-    network.requires_grad_(False)
-    return MergeRounding(along / length, math.sqrt(lost / length)) if length else MergeRounding(1.0, 0.0)
+        terms = (applied * delta, delta.square(), (applied - delta).square())
+        self.squares = [
+            total + term.sum(dtype=torch.float64).item() for total, term in zip(self.squares, terms, strict=True)
+        ]
+        return merged
+
+    def rounding(self) -> MergeRounding:
+        """Return the rounding of the last adapter's update in all weights so far."""
+        along, length, lost = self.squares
+        return MergeRounding(along / length, math.sqrt(lost / length)) if length else MergeRounding(1.0, 0.0)
 
 
 def read_factors(folder: Path, family: Family | None = None) -> dict[str, LoraFactors]:

@@ -6,7 +6,7 @@ attention that never materializes the score matrix (SDPA or flash attention). Sy
     S  tokens of a sequence in the decoder                 D, I  hidden and intermediate size of a layer
     b  bytes per number in matrix products (2 or 4)        r     bytes per number between layers, as of the weights
 
-Not counted: the framework's own memory (0.5 to 1 GiB on a GPU), fragmentation, and communication buffers for gradients.
+What a GPU needs besides (libraries, communication, temporaries of kernels, fragmentation) is in `gpu_training`.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 
 FLOAT32 = 4
 GIB = 1 << 30
+NCCL_BYTES = GIB  # buffers and contexts of communication
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,21 @@ def saved_by_stack(
     """Return the bytes that all layers save; those with gradient checkpointing only their inputs (r D per token)."""
     inputs = checkpointed * stack.width * numbers.stored
     return tokens * (inputs + (stack.layers - checkpointed) * saved_per_layer(stack, numbers, tuning, rows=rows))
+
+
+def gpu_training(stack: Stack, numbers: NumberSizes, *, tokens: int, is_adapted: bool) -> dict[str, int]:
+    """Return the bytes of a training step that only a GPU needs, by purpose.
+
+    In the backward pass, flash attention and cuDNN add up the gradient of the queries in float32 (4 H d), and write
+    those of keys and values for each query head before these are summed (2 b H d). PEFT copies the input of an adapted
+    matrix to float32 (4 D), one matrix at a time.
+    """
+    heads = stack.heads * stack.head_width
+    return {
+        "attention backward (dQ, dK, dV)": tokens * heads * (FLOAT32 + 2 * numbers.computed),
+        "adapter's float32 input": tokens * FLOAT32 * stack.width if is_adapted and numbers.computed < FLOAT32 else 0,
+        "NCCL, for several GPUs": NCCL_BYTES,
+    }
 
 
 def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int, deep_tokens: int = 0) -> int:

@@ -9,7 +9,7 @@ from salmonn.preference.benchmark_items import BenchmarkItem, SyntheticClip, cli
 from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.data import ClipSource
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.encoding import encode_clips
 from salmonn.train.feature_cache import FeatureCache
 
 

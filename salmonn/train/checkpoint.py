@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from salmonn import dist, system
+from salmonn.model.sharding import copy_rows
 from salmonn.records import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def checkpointed(folder: Path) -> Iterator[Checkpoints]:
 
 
 def load_trained(network: nn.Module, checkpoint: Checkpoint) -> LazyTensors:
-    """Copy a checkpoint's weights into a network whose trained parameters are not sharded.
+    """Copy a checkpoint's weights into a network, whose trained parameters may be sharded by FSDP2.
 
     Returns:
         All tensors of the checkpoint.
@@ -146,9 +146,8 @@ def load_trained(network: nn.Module, checkpoint: Checkpoint) -> LazyTensors:
         raise ValueError(
             f"{checkpoint.path} was written by a run with other trained weights; delete it or choose another folder"
         )
-    with torch.no_grad():
-        for key, value in trained.items():
-            value.copy_(tensors[key])
+    for key, value in trained.items():
+        copy_rows(value, tensors[key])
     return tensors
 
 

@@ -13,6 +13,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -107,7 +108,7 @@ class ClipSet:
     Args:
         references: annotations, one for each clip.
         root: folder that the references' video paths start from.
-        features: clip -> output of the frozen encoders; empty until `salmonn.train.evaluate.cache_features`.
+        features: clip -> output of the frozen encoders; empty until `salmonn.train.encoding.cache_features`.
     """
 
     references: list[Reference]
@@ -329,22 +330,28 @@ class ClipCache:
             start_seconds=source.start_seconds,
             end_seconds=source.end_seconds,
         )
-        if source.needs_both and source.modality == "both" and not (inputs.num_frames and len(inputs.mel)):
-            if not self.processor.family.hears:
-                raise ClipError(
-                    f"{source.video}: this example needs video and audio, but a {self.processor.config.family} model "
-                    "hears nothing; change its modality (use_audio in a conversation)"
-                )
-            missing = "audio" if inputs.num_frames else "video"
-            raise ClipError(
-                f"{source.video} has no {missing}, but this example needs video and audio; remove it, or change "
-                "its modality (use_audio in a conversation)"
-            )
+        require_streams(source, inputs, self.processor)
         size = inputs.pixels.nbytes + inputs.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
             self.clips[source] = inputs
             self.num_bytes += size
         return inputs
+
+
+def require_streams(source: ClipSource, inputs: ClipInputs, processor: Processor) -> None:
+    """Raise a ClipError if a clip lacks the video or audio that is needed."""
+    if not source.needs_both or source.modality != "both" or (inputs.num_frames and len(inputs.mel)):
+        return
+    if not processor.family.hears:
+        raise ClipError(
+            f"{source.video}: this example needs video and audio, but a {processor.config.family} model hears "
+            "nothing; change its modality (use_audio in a conversation)"
+        )
+    missing = "audio" if inputs.num_frames else "video"
+    raise ClipError(
+        f"{source.video} has no {missing}, but this example needs video and audio; remove it, or change its modality "
+        "(use_audio in a conversation)"
+    )
 
 
 @dataclass(frozen=True)
@@ -365,6 +372,10 @@ class SftBatch:
     def num_tokens(self) -> int:
         """Number of tokens that pass through the decoder."""
         return self.inputs.num_tokens
+
+    def pin_for(self, device: torch.device) -> "SftBatch":
+        """Return the micro-batch in pinned memory if the device is a GPU."""
+        return replace(self, inputs=self.inputs.pin_for(device))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ audio chunking and token layout, and `salmonn.model.memory` does the arithmetic.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -28,7 +28,8 @@ from salmonn.records import Modality
 from salmonn.train.loop import FitConfig
 
 GPUS = (24, 40, 80, 141)  # GiB
-RESERVE = GIB  # for the framework and its kernels
+LIBRARY_BYTES = GIB  # CUDA context, kernels, workspaces of cuBLAS and cuDNN
+FRAGMENTATION = 0.05  # share of activations and workspace that the allocator cannot use
 PARTS = {
     "vision encoder": ("vision.encoder.",),
     "audio encoder": ("audio.encoder.", "audio.norm."),
@@ -85,15 +86,33 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device by purpose; only the largest workspace counts, since workspaces are used in turn."""
+    """Bytes on one device by purpose; only the largest workspace counts, since workspaces are used in turn.
+
+    Args:
+        persistent: bytes that are held all the time.
+        workspace: bytes that are held in turn.
+        margins: bytes that only a GPU needs, besides.
+    """
 
     persistent: dict[str, int]
     workspace: dict[str, int]
+    margins: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
-        """Peak memory in bytes."""
+        """Peak memory of tensors in bytes."""
         return sum(self.persistent.values()) + max(self.workspace.values())
+
+    @property
+    def on_gpu(self) -> int:
+        """Peak memory of a GPU in bytes."""
+        return self.peak + sum(self.margins.values())
+
+
+def gpu_margins(persistent: Mapping[str, int], workspace: Mapping[str, int], **others: int) -> dict[str, int]:
+    """Return what a GPU needs besides tensors; weights are allocated once, so they do not fragment."""
+    changing = sum(size for name, size in persistent.items() if name != "weights") + max(workspace.values())
+    return {**others, "libraries": LIBRARY_BYTES, "fragmentation": round(FRAGMENTATION * changing)}
 
 
 def build_on_meta(config: SalmonnConfig) -> Network:
@@ -247,28 +266,26 @@ class MemoryPlan:
         saved = estimate.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=num_layers)
         vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
         answers = min(work.clips * work.answers * work.answer_tokens, MAX_LOGIT_BYTES // (FLOAT32 * vocabulary))
-        return MemoryEstimate(
-            persistent={
-                "weights": weights_bytes(self.network, self.placement)
-                + (cast // decoder.layers if num_layers == decoder.layers else cast),
-                "gradients": FLOAT32 * self.trained,
-                "Adam's moments": 2 * FLOAT32 * self.trained,
-                "inputs": estimate.embedded(decoder, numbers, tokens=tokens, deep_tokens=work.clips * self.deep_tokens),
-                "activations": saved + work.clips * self._encoder_saved(checkpointed=num_layers > 0),
-            },
-            workspace={
-                "one layer": layer,
-                "logits": estimate.logits_bytes(vocabulary, numbers, tokens=answers),
-                "encoders": 0 if work.cached_features else work.clips * self._encoder_workspace(numbers),
-            },
-        )
+        persistent = {
+            "weights": weights_bytes(self.network, self.placement)
+            + (cast // decoder.layers if num_layers == decoder.layers else cast),
+            "gradients": FLOAT32 * self.trained,
+            "Adam's moments": 2 * FLOAT32 * self.trained,
+            "inputs": estimate.embedded(decoder, numbers, tokens=tokens, deep_tokens=work.clips * self.deep_tokens),
+            "activations": saved + work.clips * self._encoder_saved(checkpointed=num_layers > 0),
+        }
+        workspace = {
+            "one layer": layer,
+            "logits": estimate.logits_bytes(vocabulary, numbers, tokens=answers),
+            "encoders": 0 if work.cached_features else work.clips * self._encoder_workspace(numbers),
+        }
+        kernels = estimate.gpu_training(decoder, numbers, tokens=tokens, is_adapted=bool(adapted))
+        return MemoryEstimate(persistent, workspace, gpu_margins(persistent, workspace, **kernels))
 
     def fewest_checkpointed(self, gib: int) -> int | None:
         """Return how many layers of the language model must be checkpointed to fit a GPU; None if all are too few."""
         fits = (
-            count
-            for count in range(self.decoder.layers + 1)
-            if self.training(checkpointed=count).peak + RESERVE <= gib * GIB
+            count for count in range(self.decoder.layers + 1) if self.training(checkpointed=count).on_gpu <= gib * GIB
         )
         return next(fits, None)
 
@@ -288,13 +305,12 @@ class MemoryPlan:
         cached = num_clips * prompt + num_clips * num_samples * max_new_tokens
         cache = estimate.kv_cache_bytes(self.decoder, numbers, tokens=cached)
         prefilled = max(1, min(num_clips, PREFILL_CHUNK_TOKENS // prompt))
-        return MemoryEstimate(
-            persistent={"weights": weights_bytes(self.network, self.placement, merged=True)},
-            workspace={
-                "encoders": prefilled * self._encoder_workspace(numbers),
-                "KV cache, prefill": cache + prefilled * prefill,
-            },
-        )
+        persistent = {"weights": weights_bytes(self.network, self.placement, merged=True)}
+        workspace = {
+            "encoders": prefilled * self._encoder_workspace(numbers),
+            "KV cache, prefill": cache + prefilled * prefill,
+        }
+        return MemoryEstimate(persistent, workspace, gpu_margins(persistent, workspace))
 
     def _encoder_workspace(self, numbers: NumberSizes) -> int:
         """Return the larger workspace of the two encoders."""
@@ -426,6 +442,7 @@ def _memory_table(plan: MemoryPlan, memories: Mapping[str, MemoryEstimate]) -> T
     parts = {
         "": [memory.persistent for memory in memories.values()],
         "workspace: ": [memory.workspace for memory in memories.values()],
+        "GPU: ": [memory.margins for memory in memories.values()],
     }
 
     def gib(num_bytes: int) -> str:
@@ -435,9 +452,10 @@ def _memory_table(plan: MemoryPlan, memories: Mapping[str, MemoryEstimate]) -> T
         for row in dict.fromkeys(row for column in columns for row in column):
             table.add_row(prefix + row, *(gib(column.get(row, 0)) for column in columns))
         table.add_section()
-    table.add_row("peak", *(gib(memory.peak) for memory in memories.values()))
+    table.add_row("peak of tensors", *(gib(memory.peak) for memory in memories.values()))
+    table.add_row("peak of a GPU", *(gib(memory.on_gpu) for memory in memories.values()))
     for size in GPUS:
-        fits = ["yes" if memory.peak + RESERVE <= size * GIB else "no" for memory in memories.values()]
+        fits = ["yes" if memory.on_gpu <= size * GIB else "no" for memory in memories.values()]
         table.add_row(f"fits {size} GiB", *fits)
     return table
 
@@ -452,7 +470,7 @@ def print_adapter_plan(
     answers: int,
     title: str,
     captions: tuple[int, int] = (1, 1),
-) -> None:
+) -> MemoryPlan:
     """Print the memory that training an adapter on cached features needs, and captioning in batches.
 
     Args:
@@ -471,3 +489,4 @@ def print_adapter_plan(
     work = Workload(clips=clips_per_micro_batch(fit), answers=answers, cached_features=True)
     plan = MemoryPlan(network, sizes, placement=placement, fit=fit, work=work)
     print_plan(plan, title=f"{title} of {model}", captions=captions)
+    return plan

@@ -1,15 +1,13 @@
-"""Encoding of clips and judging of captions on all ranks, and evaluation on held-out clips."""
+"""Judging of captions on all ranks, and evaluation on held-out clips."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.media.container import ClipError, declared_shape
-from salmonn.model.layout import ClipFeatures
 from salmonn.preference.voter_reward import find_exploitability
 from salmonn.records import Caption, Reference, Score, Unscored, write_json, write_records
 from salmonn.score.formats import write_scores
@@ -17,11 +15,7 @@ from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
 from salmonn.synthetic.raters import Rater
-from salmonn.train.batches import make_batches, map_batches
-from salmonn.train.data import ClipCache, ClipSet, ClipSource
-from salmonn.train.dry_run import count_clip_tokens
-from salmonn.train.feature_cache import FeatureCache
-from salmonn.train.left_out import LeftOut
+from salmonn.train.data import ClipSet
 from salmonn.train.sampling import CAPTIONS_NAME, SampleConfig, answer_questions, sample_captions
 
 log = logging.getLogger(__name__)
@@ -30,7 +24,6 @@ T = TypeVar("T")
 ANSWERS_NAME = "answers.jsonl"
 SCORES_NAME = "scores.jsonl"
 RATES_NAME = "rates.json"
-LAYOUT_BYTES_PER_TOKEN = 4 * 8  # its place in the order and its three positions
 
 
 @dataclass(frozen=True)
@@ -41,125 +34,6 @@ class Evaluation:
     answers: list[Caption]
     results: list[Score | Unscored]
     rates: Rates
-
-
-def cache_features(
-    captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None, left_out: LeftOut | None = None
-) -> list[ClipSet]:
-    """Return sets of clips with the features of their clips, without clips that cannot be read; see `encode_clips`."""
-    sources = [clips.source(reference) for clips in sets for reference in clips.references]
-    features = encode_clips(captioner, sources, name=name, cache=cache, left_out=left_out)
-    return [
-        replace(clips, features=features, references=[one for one in clips.references if clips.source(one) in features])
-        for clips in sets
-    ]
-
-
-def encode_clips(
-    captioner: Captioner,
-    sources: Sequence[ClipSource],
-    *,
-    name: str,
-    cache: FeatureCache | None = None,
-    left_out: LeftOut | None = None,
-) -> dict[ClipSource, ClipFeatures]:
-    """Compute the features of clips with the frozen encoders, each distinct clip once.
-
-    A clip is encoded alone, so that its features do not depend on other clips to the last bit. Reading takes most of
-    the time, so the cost of a clip is the duration that its file declares.
-
-    Args:
-        captioner: model with frozen encoders.
-        sources: clips.
-        name: what the clips are, for the progress bar.
-        cache: feature cache on disk; none to keep all features in memory.
-        left_out: clips that are left out of the result, and how many more may be; by default, the first clip that
-            cannot be read raises an error.
-
-    Raises:
-        ClipError: a clip cannot be read, or lacks the video or audio that is needed.
-        ValueError: more clips fail than may, a process does not see the files of the cache, or the features do not
-            fit.
-    """
-    left_out = left_out or LeftOut(None, max_failures=0)
-    left_out_sources, max_failures = left_out.sources, left_out.max_failures
-    clips = [clip for clip in dict.fromkeys(sources) if clip not in left_out_sources]
-    keys = cache.keys(clips) if cache else [""] * len(clips)
-    found = cache.find_complete(keys) if cache else set()
-    seconds = _plan_encoding(captioner, clips, keys, found, name=name, cache=cache, may_fail=max_failures > 0)
-    batches, read = make_batches(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
-
-    def encode(number: int) -> list[ClipFeatures | str | None]:
-        """Return the features of one clip, None if the cache holds them, or why it cannot be read."""
-        (index,) = batches[number]
-        if keys[index] in found:
-            return [None]
-        try:
-            (features,) = captioner.encode([read(clips[index])])
-        except ClipError as error:
-            if not max_failures:
-                raise
-            return [str(error)]
-        is_saved = cache is not None and cache.save(keys[index], features)
-        if not is_saved and dist.world_size() > 1:
-            raise ValueError(
-                f"the feature cache has no room for the features of {clips[index].video}; raise "
-                "feature_cache.max_gib or free space on its disk, and start again: the clips encoded so far are kept"
-            )
-        return [None if is_saved else features]
-
-    costs = [seconds[index] for (index,) in batches]
-    computed = map_batches(encode, batches, costs, name=f"encoding {name}", unit="clip")
-    unreadable = {clip: one for clip, one in zip(clips, computed, strict=True) if isinstance(one, str)}
-    left_out.add(unreadable, num_clips=len(clips), name=name)
-    readable = [clip for clip in clips if clip not in unreadable]
-    features = [one for one in computed if not isinstance(one, str)]
-    if cache:
-        kept = [key for key, one in zip(keys, computed, strict=True) if not isinstance(one, str)]
-        return dict(zip(readable, cache.load_missing(kept, features, name=name), strict=True))
-    return dict(zip(readable, (one for one in features if one is not None), strict=True))
-
-
-def _plan_encoding(
-    captioner: Captioner,
-    clips: Sequence[ClipSource],
-    keys: Sequence[str],
-    found: Set[str],
-    *,
-    name: str,
-    cache: FeatureCache | None,
-    may_fail: bool,
-) -> list[float]:
-    """Return the cost of encoding each clip on all ranks, 0 where the cache holds it.
-
-    Raises:
-        ValueError: the features do not fit in the cache.
-    """
-    mine = dist.shard(list(zip(clips, keys, strict=True)))
-    estimates = dist.gather(
-        [(0.0, 0) if key in found else _estimate(clip, captioner, may_fail=may_fail) for clip, key in mine]
-    )
-    if cache:
-        num_missing = sum(key not in found for key in keys)
-        cache.require_room(sum(size for _, size in estimates), num_clips=num_missing, name=name)
-    return [cost for cost, _ in estimates]
-
-
-def _estimate(clip: ClipSource, captioner: Captioner, *, may_fail: bool) -> tuple[float, int]:
-    """Return the cost of reading a clip in seconds of video, and the bytes of its features, from its file's header."""
-    try:
-        shape = declared_shape(clip.video)
-    except ClipError:
-        if may_fail:  # it fails again when it is read
-            return 1.0, 0
-        raise
-    end = min(shape.seconds, clip.end_seconds or shape.seconds)
-    seconds = max(0.0, end - (clip.start_seconds or 0.0))
-    network = captioner.network
-    width, itemsize = network.feature_width, network.dtype.itemsize
-    tokens = count_clip_tokens(captioner.processor.config, replace(shape, seconds=seconds), modality=clip.modality)
-    # An opened file costs as much as a second of video, whose duration may be unknown.
-    return 1 + shape.seconds, tokens * (width * itemsize + LAYOUT_BYTES_PER_TOKEN)
 
 
 def judge_captions(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,10 @@ class MicroBatch(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
+
+    def pin_for(self, device: torch.device) -> Self:
+        """Return the micro-batch in pinned memory if the device is a GPU."""
+        ...
 
 
 Batch = TypeVar("Batch", bound=MicroBatch)
@@ -381,15 +385,23 @@ def _speed_metrics(micro_batches: Sequence[Batch], *, seconds: float, waited: fl
 
 
 def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[int, Sequence[Batch], float]]:
-    """Yield (step, micro-batches, seconds waited for them); a thread prepares the next step during the current one."""
+    """Yield (step, micro-batches, seconds waited for them); a thread prepares the next step during the current one.
+
+    For a GPU, the thread also reads features from disk to pinned memory, from where they are copied without waiting.
+    """
+    device = dist.device()
+
+    def prepare(step: int) -> list[Batch]:
+        return [batch.pin_for(device) for batch in batches.micro_batches(step)]
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(batches.micro_batches, first) if first < last else None
+        following = pool.submit(prepare, first) if first < last else None
         for step in range(first, last):
             assert following is not None
             started = time.monotonic()
             micro_batches = following.result()
             waited = time.monotonic() - started
-            following = pool.submit(batches.micro_batches, step + 1) if step + 1 < last else None
+            following = pool.submit(prepare, step + 1) if step + 1 < last else None
             yield step, micro_batches, waited
 
 

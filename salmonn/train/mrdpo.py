@@ -29,6 +29,7 @@ from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_rounds import LABEL_FILES
+from salmonn.train.round_time import EstimateConfig, make_work, print_hours
 from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
@@ -104,6 +105,7 @@ class MrDpoConfig(RunConfig):
         lora: fresh adapter of each round.
         fit: optimization of each round.
         early_stopping: rules that stop the rounds early.
+        estimate: what `dry_run` estimates the hours of a round for.
         rebirth: the last stage; none to skip it.
     """
 
@@ -135,6 +137,7 @@ class MrDpoConfig(RunConfig):
         default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16)
     )
     early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    estimate: EstimateConfig = field(default_factory=EstimateConfig, metadata=MAY_CHANGE)
     rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
 
     def __post_init__(self) -> None:
@@ -469,9 +472,9 @@ def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:
 
 
 def print_memory_plan(config: MrDpoConfig) -> None:
-    """Print the memory that a round and rebirth would need."""
+    """Print the memory that a round and rebirth would need, and the hours of a round."""
     model, frames, placement = config.model, config.frames, config.placement
-    print_adapter_plan(
+    plan = print_adapter_plan(
         model,
         frames=frames,
         placement=placement,
@@ -486,3 +489,11 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         print_adapter_plan(
             model, frames=frames, placement=placement, lora=rebirth.lora, fit=rebirth.fit, answers=2, title="rebirth"
         )
+    work = make_work(
+        plan,
+        config.estimate,
+        num_samples=config.sampling.num_samples,
+        batch_size=config.sampling.batch_size,
+        is_judged_by_model=config.judge.kind != "rule",
+    )
+    print_hours(work, config.estimate)

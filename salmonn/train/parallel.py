@@ -20,12 +20,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from salmonn import dist
 from salmonn.model.network import Network
+from salmonn.model.sharding import shard_network
 
 StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -166,20 +167,13 @@ class DdpStrategy(TorchStrategy):
 
 
 class FsdpStrategy(TorchStrategy):
-    """FSDP2: one shard group per decoder layer and one for everything else.
-
-    The encoders belong to the latter: a batch may lack video or audio, and all processes must gather the same groups.
-    """
+    """FSDP2; see `shard_network`."""
 
     requires_equal_calls = True
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
         named = dict(trainable_parameters(network))
-        for name, layers in network.named_modules():
-            if name.startswith("lm.") and name.endswith(".layers"):
-                for layer in layers.children():
-                    fully_shard(layer)
-        fully_shard(network)
+        shard_network(network)
         assert isinstance(network, FSDPModule)
         new = dict(network.named_parameters())
         sharded = {id(parameter): new[name] for name, parameter in named.items()}

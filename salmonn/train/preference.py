@@ -172,6 +172,10 @@ class PreferenceBatch:
         """Number of tokens that pass through the decoder."""
         return self.inputs.num_tokens
 
+    def pin_for(self, device: torch.device) -> "PreferenceBatch":
+        """Return the micro-batch in pinned memory if the device is a GPU."""
+        return replace(self, inputs=self.inputs.pin_for(device))
+
 
 @dataclass
 class PreferenceBatches:

@@ -9,6 +9,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from salmonn import dist
@@ -128,7 +130,15 @@ def compute_reference_logps(
     ]
     shares = dist.balance(costs)
     mine = [index for number in shares[dist.rank()] for index in by_clip[number]]
-    score = partial(_score_roles, network, processor=processor, roles=roles, batch_size=batch_size, per_token=per_token)
+    score = partial(
+        _score_roles,
+        network,
+        processor=processor,
+        roles=roles,
+        batch_size=batch_size,
+        per_token=per_token,
+        filler=examples[0],
+    )
     fingerprint = ""
     if path:
         fingerprint = _fingerprint(network, examples, by_clip, processor, roles=roles, per_token=per_token)
@@ -171,11 +181,18 @@ def _score_roles(
     roles: Sequence[Role],
     batch_size: int,
     per_token: bool,
+    filler: Example,
 ) -> list[tuple[Logps, int]]:
-    """Return the reference policy's log-probabilities of each role's answers, and the tokens of all roles' answers."""
+    """Return the reference policy's log-probabilities of each role's answers, and the tokens of all roles' answers.
+
+    Ranks that share a sharded network call it equally often, those with fewer examples on `filler`.
+    """
     results: list[tuple[Logps, int]] = []
+    starts = range(0, len(examples), batch_size)
     with network.lm.disable_adapter(), torch.no_grad():
-        starts = range(0, len(examples), batch_size)
+        if isinstance(network, FSDPModule):  # each call gathers weights from all ranks
+            for _ in range(max(dist.gather([len(starts)])) - len(starts)):
+                network(collate_roles([filler], roles, processor)[0].to(network.device))
         for start in tqdm(starts, desc="reference log-probabilities", disable=not dist.is_main()):
             part = examples[start : start + batch_size]
             inputs, rows = collate_roles(part, roles, processor)
@@ -206,8 +223,11 @@ def _fingerprint(
     """Hash everything that the reference log-probabilities depend on."""
     hashes = dist.gather([hash_features(examples[group[0]].features) for group in dist.shard(by_clip)])
     weights = ((name, value) for name, value in network.named_parameters() if ".lora_" not in name)
-    # All ranks have the same weights.
-    weights_hash = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
+    if isinstance(network, FSDPModule):
+        shards = ((name, value.to_local() if isinstance(value, DTensor) else value) for name, value in weights)
+        weights_hash = hash_values(dist.gather([hash_weights(shards)]))
+    else:  # all ranks have the same weights
+        weights_hash = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
     prompts = [
         (
             one.video,

@@ -130,6 +130,10 @@ class RewardBatch:
         """Number of tokens that pass through the decoder."""
         return self.inputs.num_tokens
 
+    def pin_for(self, device: torch.device) -> "RewardBatch":
+        """Return the micro-batch in pinned memory if the device is a GPU."""
+        return replace(self, inputs=self.inputs.pin_for(device))
+
 
 @dataclass(frozen=True)
 class RewardBatches:

@@ -18,7 +18,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import MAY_CHANGE, write_config
 from salmonn.model.loading import CONFIG_NAME, Placement
-from salmonn.model.lora import LoraConfig, attach_lora, merge_in_float32, save_adapter
+from salmonn.model.lora import LoraConfig, MergeRounding, attach_lora, merge_in_float32, save_adapter
 from salmonn.records import read_records, write_json, write_records
 from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, require_free_space
 from salmonn.train.feature_cache import FeatureCacheConfig
@@ -171,18 +171,24 @@ def merge_checkpoint(
         save_adapter(captioner.network, folder / "adapter")
         captioner.network.lm = captioner.network.lm.unload()
         rounding = merge_in_float32(captioner.network, [*earlier, folder / "adapter"])
-        if captioner.network.lm.dtype != torch.float32:
-            log.info(
-                "%s: rounding to %s keeps %.0f %% of the update, with an error of %.0f %% of its norm",
-                folder.name,
-                str(captioner.network.lm.dtype).removeprefix("torch."),
-                100 * rounding.kept,
-                100 * rounding.error,
-            )
-            write_json(folder / ROUNDING_NAME, asdict(rounding))
+        report_rounding(rounding, captioner.network.dtype, folder=folder)
         write_model(captioner, folder / "merged")
     dist.barrier()
     return folder / "merged"
+
+
+def report_rounding(rounding: MergeRounding, dtype: torch.dtype, *, folder: Path) -> None:
+    """Log and write how much of an update remains in merged weights; in float32 it is all."""
+    if dtype == torch.float32:
+        return
+    log.info(
+        "%s: rounding to %s keeps %.0f %% of the update, with an error of %.0f %% of its norm",
+        folder.name,
+        str(dtype).removeprefix("torch."),
+        100 * rounding.kept,
+        100 * rounding.error,
+    )
+    write_json(folder / ROUNDING_NAME, asdict(rounding))
 
 
 def save_model(captioner: Captioner, folder: Path) -> None:

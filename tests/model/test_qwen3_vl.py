@@ -40,7 +40,7 @@ from salmonn.train.data import (
     make_examples,
     sft_loss,
 )
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.encoding import encode_clips
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample

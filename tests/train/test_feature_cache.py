@@ -15,7 +15,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
 from salmonn.train import feature_cache as tokens
 from salmonn.train.data import ClipSource
-from salmonn.train.evaluate import LAYOUT_BYTES_PER_TOKEN, _estimate, cache_features, encode_clips
+from salmonn.train.encoding import LAYOUT_BYTES_PER_TOKEN, _estimate, cache_features, encode_clips
 from salmonn.train.feature_cache import (
     FeatureCache,
     FeatureCacheConfig,
@@ -159,7 +159,7 @@ def test_a_run_whose_features_do_not_fit_does_not_start(captioner, clips, tmp_pa
     estimates = [_estimate(clips.source(one), captioner, may_fail=False)[1] for one in clips.references]
     assert all(size == pytest.approx(estimate, rel=0.1) for size, estimate in zip(sizes, estimates, strict=True))
     cache = open_cache(tmp_path, max_bytes=0.7 * sum(sizes))
-    monkeypatch.setattr(captioner, "encode", None)
+    monkeypatch.setattr(captioner, "encode_on_device", None)
     monkeypatch.setattr(tokens.psutil, "virtual_memory", lambda: SimpleNamespace(available=0.1 * sum(sizes)))
     with pytest.raises(ValueError, match=r"features of 5 clips take about 0\.0 GiB, .*feature_cache.max_gib is 0\.0"):
         features_of(captioner, clips, cache)
@@ -260,7 +260,7 @@ def test_features_are_the_same_with_and_without_a_cache(request, family, clips, 
     cold = features_of(model, clips, cache)
     assert len(names(tmp_path)) == 5 * 64
     reopened = open_feature_cache(FeatureCacheConfig(tmp_path), model)
-    monkeypatch.setattr(model.processor, "read", None)
+    monkeypatch.setattr(model.processor, "clip_inputs", None)
     warm = features_of(model, clips, reopened)
     assert all(
         is_same(first, second) and is_same(first, third)
@@ -301,10 +301,8 @@ def test_only_the_damaged_file_is_recomputed(captioner, clips, tmp_path, monkeyp
     first = [hash_features(features) for features in loaded]
     del loaded  # it maps the file
     truncate(min(tmp_path.iterdir()))
-    read, encode = [], captioner.processor.read
-    monkeypatch.setattr(
-        captioner.processor, "read", lambda *args, **kwargs: read.append(args) or encode(*args, **kwargs)
-    )
+    read, prepare = [], captioner.prepare
+    monkeypatch.setattr(captioner, "prepare", lambda clip: read.append(clip.path) or prepare(clip))
     second = features_of(captioner, clips, open_feature_cache(config, captioner))
     assert len(read) == 1 and [hash_features(features) for features in second] == first
 
@@ -370,8 +368,8 @@ def test_the_hash_depends_on_all_that_affects_features(random_model, captioner, 
 
 
 def test_a_clip_is_encoded_once(captioner, videos, monkeypatch):
-    encoded, encode = [], captioner.encode
-    monkeypatch.setattr(captioner, "encode", lambda media: encoded.append(media) or encode(media))
+    encoded, encode = [], captioner.encode_on_device
+    monkeypatch.setattr(captioner, "encode_on_device", lambda media: encoded.append(media) or encode(media))
     whole, part = ClipSource(videos[0]), ClipSource(videos[0], end_seconds=2.0)
     all_features = encode_clips(captioner, [whole, part, whole], name="clips")
     assert len(encoded) == 2 and set(all_features) == {whole, part}

@@ -10,7 +10,7 @@ from salmonn.caption.processor import PromptRow
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.records import Reference
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.kl import KLProbe, token_kl
 
 

@@ -5,8 +5,9 @@ import json
 import re
 import resource
 import shutil
+import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ class LinearBatch:
     values: Tensor
     clips: tuple[str, ...] = ("a.mp4",)
     num_tokens: int = 4
+    devices: list[torch.device] = field(default_factory=list)
+
+    def pin_for(self, device):
+        """Note the device."""
+        return replace(self, devices=[*self.devices, device])
 
 
 class Weights(nn.Module):
@@ -90,6 +96,19 @@ def test_schedule_by_hand():
 def test_schedule_without_warmup_and_with_only_warmup():
     assert learning_rate_at(0, FitConfig(learning_rate=2.0, steps=4, warmup_ratio=0.0)) == 2.0
     assert learning_rate_at(3, FitConfig(learning_rate=2.0, steps=4, warmup_ratio=1.0)) == 2.0
+
+
+def test_micro_batches_are_prepared_for_the_device_in_the_thread(tmp_path, monkeypatch):
+    """On a GPU they are copied from pinned memory, where the features on disk have been read to."""
+    trained, threads, pin = [], set(), LinearBatch.pin_for
+
+    def loss(model, batch):
+        trained.append(batch.devices)
+        return linear_loss(model, batch)
+
+    monkeypatch.setattr(LinearBatch, "pin_for", lambda *args: threads.add(threading.current_thread()) or pin(*args))
+    fit_weights(tmp_path, replace(ONE_STEP, steps=2), loss=loss)
+    assert trained == [[torch.device("cpu")]] * 2 and threading.main_thread() not in threads
 
 
 def test_first_step_by_hand(tmp_path):

@@ -1,5 +1,6 @@
 """Strategies on two real processes: losses, checkpoints and merged weights of one process; rejected settings."""
 
+import filecmp
 import json
 import os
 import re
@@ -28,8 +29,8 @@ def launch(strategy, model, clips, out, *, processes, options=("float32",), fres
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
 
-def train(strategy, model, clips, out, *, processes, precision="float32", fresh=False):
-    result = launch(strategy, model, clips, out, processes=processes, options=[precision], fresh=fresh)
+def train(strategy, model, clips, out, *, processes, precision="float32", options=(), fresh=False):
+    result = launch(strategy, model, clips, out, processes=processes, options=[precision, *options], fresh=fresh)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -98,6 +99,25 @@ def test_two_processes_train_like_one(strategy, fresh, train_split, single_proce
         changed.add(name)
     assert len(changed) == len(adapter) / 2 == 18
     assert max_difference(after, merged(single_process)) < 1e-4
+
+
+def test_a_sharded_model_is_trained_and_merged_like_a_whole_one(train_split, random_model, clips, tmp_path):
+    """The same losses, and the same bytes of adapter and merged model; no process holds or reads all weights."""
+    expected = train_split("fsdp2")
+    train("fsdp2", random_model, clips.root, tmp_path, processes=2, options=["sharded"])
+    losses, expected_losses = ([step["loss"] for step in steps_of(folder)] for folder in (tmp_path, expected))
+    assert losses == expected_losses
+    for name in ("adapter", "merged"):
+        files = sorted(path.name for path in (expected / name).iterdir() if path.name != "README.md")
+        assert files == sorted(path.name for path in (tmp_path / name).iterdir() if path.name != "README.md")
+        assert filecmp.cmpfiles(expected / name, tmp_path / name, files, shallow=False)[0] == files
+    sizes = {name: value.nbytes for name, value in load_file(random_model / "model.safetensors").items()}
+    ranks = [json.loads((tmp_path / f"read_{rank}.json").read_text()) for rank in range(2)]
+    for rank in ranks:
+        base = {name: size for name, size in rank["held"].items() if ".lora_" not in name}
+        assert rank["read"] == list(base.values())  # what it holds, each tensor by itself
+        assert sum(base.values()) < 0.51 * sum(sizes.values())
+    assert sum(sum(rank["read"]) for rank in ranks) == sum(sizes.values())
 
 
 @pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2")), "zero3", "fsdp2"])

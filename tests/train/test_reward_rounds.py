@@ -17,7 +17,7 @@ from salmonn.records import Caption, Event, Reference, write_records
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet, ClipSource
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.reward import RewardTrainingConfig, rotate_features
 from salmonn.train.reward_rounds import RewardRounds, compare_with_judge, require_labels
 from salmonn.train.rounds import over_optimization

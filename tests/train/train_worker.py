@@ -1,35 +1,39 @@
 """Train with guided DPO on a random model under one strategy; test_parallel.py starts this script.
 
-    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [nan]
+    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [nan|sharded]
 
-With `nan`, the last process has a NaN loss in step 3. With bfloat16, the base weights and
+With `nan`, the last process has a NaN loss in step 3. With `sharded`, no process loads the whole model; OUT/read_R.json
+has the bytes that rank R has read and holds. With bfloat16, the base weights and
 the computation are in bfloat16 and layers are checkpointed. Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/;
 resumes from OUT/checkpoints/.
 """
 
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.weight_files import WeightFiles
 from salmonn.preference.losses import LossConfig, make_loss
-from salmonn.records import Comparison, Reference, read_records
+from salmonn.records import Comparison, Reference, read_records, write_json
 from salmonn.train.checkpoint import Checkpoint
 from salmonn.train.data import CLIPS_NAME, ClipSet
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.kl import KLProbe
 from salmonn.train.loop import Callback, FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import PreferenceBatch, PreferenceBatches, PreferenceBatchLoss, PreferenceExample
 from salmonn.train.reference_logps import compute_reference_logps
 from salmonn.train.run_folder import RunConfig, merge_checkpoint
+from salmonn.train.sharded import load_encoding_model, load_policy, merge_sharded
 
 # No dropout: its masks differ between ranks, but losses must equal those of one process.
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
@@ -61,9 +65,10 @@ def train(
     *,
     config: FitConfig,
     batches_class: type[PreferenceBatches],
+    load: Callable[[Captioner], None],
 ) -> Checkpoint:
     """Train on three pairs: the reference caption of each clip, and that of another clip."""
-    network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
+    references, prompt = clips.references, captioner.default_prompt()
     cache = open_feature_cache(FeatureCacheConfig(out / "features"), captioner)
     (clips,) = cache_features(captioner, clips, name="clips", cache=cache)
     examples = [
@@ -73,7 +78,8 @@ def train(
         )
         for reference, other in zip(references, references[1:] + references[:1], strict=True)
     ]
-    attach_lora(network, LORA, seed=0)
+    load(captioner)
+    network = captioner.network
     loss = make_loss(LossConfig())
     with autocast(config.precision):
         logps = compute_reference_logps(
@@ -98,6 +104,20 @@ def train(
     return fit(network, batches, PreferenceBatchLoss(loss), config, context=context)
 
 
+def count_bytes_read() -> list[int]:
+    """Return a list that gets the bytes of each tensor that is read from the model's files."""
+    counted: list[int] = []
+    read = WeightFiles.read
+
+    def count(self: WeightFiles, *args: Any) -> Tensor:
+        value = read(self, *args)
+        counted.append(value.nbytes)
+        return value
+
+    WeightFiles.read = count  # type: ignore[method-assign]
+    return counted
+
+
 def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
     """Train and merge; the trained network must have been freed before merging."""
     dist.setup(threads=1)
@@ -105,15 +125,27 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     config = FIT
     if precision == "bfloat16":  # few steps: many CPUs take 40 times as long for a product as in float32
         config = replace(FIT, steps=5, learning_rate=2e-3, precision=precision, gradient_checkpointing=True)
-    captioner = Captioner.load(model, placement=placement, frames={"max_frames": 4})
-    network_ref = weakref.ref(captioner.network)
+    run_config = RunConfig(out=out, model=str(model), placement=placement, frames={"max_frames": 4})
+    is_sharded, is_nan = "sharded" in options, "nan" in options
+    captioner = load_encoding_model(model, run_config) if is_sharded else run_config.load_model(model)
+    bytes_read = count_bytes_read() if is_sharded else []
+
+    def load(captioner: Captioner) -> None:
+        if is_sharded:
+            bytes_read.clear()
+            load_policy(captioner, model, run_config, lora=LORA, seed=0)
+            held = {name: value.to_local().nbytes for name, value in captioner.network.named_parameters()}
+            write_json(out / f"read_{dist.rank()}.json", {"read": list(bytes_read), "held": held})
+        else:
+            attach_lora(captioner.network, LORA, seed=0)
+
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
-    checkpoint = train(
-        captioner, strategy, clips, out, config=config, batches_class=NanReferences if options else PreferenceBatches
-    )
-    run_config = RunConfig(out=out, model=str(model), placement=placement)
+    batches_class = NanReferences if is_nan else PreferenceBatches
+    checkpoint = train(captioner, strategy, clips, out, config=config, batches_class=batches_class, load=load)
+    network_ref = weakref.ref(captioner.network)
     del captioner
-    merge_checkpoint(checkpoint, base=model, lora=LORA, config=run_config, folder=out)
+    merge = merge_sharded if is_sharded else merge_checkpoint
+    merge(checkpoint, base=model, lora=LORA, config=run_config, folder=out)
     network = network_ref()
     assert network is None or not any(parameter.nbytes for parameter in network.parameters()), (
         "a GPU has no memory for two networks"

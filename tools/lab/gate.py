@@ -36,7 +36,7 @@ from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import NOISE
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, heldout_config, render_clips
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_heads import ObjectiveConfig, fit_head, fit_objective_head

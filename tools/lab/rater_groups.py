@@ -49,7 +49,7 @@ from salmonn.synthetic.raters import (
 )  # fmt: skip
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import heldout_config, render_clips
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.sampling import SampleConfig, sample_captions
 

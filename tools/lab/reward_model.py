@@ -33,7 +33,7 @@ from salmonn.score.metrics import compute_rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, heldout_config, render_clips
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_heads import fit_claims, fit_head

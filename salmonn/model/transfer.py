@@ -1,0 +1,50 @@
+"""Copies between main memory and a GPU beside its computations. On a CPU the same calls copy nothing.
+
+reader threads    pin clip 3 ...
+copy stream            clip 2 to the GPU    features of clip 1 to main memory
+main stream       encode clip 1             encode clip 2
+"""
+
+import torch
+from torch import Tensor
+
+from salmonn.model.layout import ClipInputs
+
+
+class CopyStream:
+    """A stream of a GPU for copies; without a GPU all copies are made at once.
+
+    Args:
+        device: device that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def to_device(self, clip: ClipInputs) -> ClipInputs:
+        """Copy a clip to the device; what is computed from now on waits for it, what has been started does not."""
+        with torch.cuda.stream(self._stream):
+            copied = clip.to(self.device)
+        if self._stream is not None:
+            main = torch.cuda.current_stream(self.device)
+            main.wait_stream(self._stream)
+            for tensor in (copied.pixels, copied.mel):
+                tensor.record_stream(main)  # else this stream could reuse its memory for the next clip
+        return copied
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Return the point that the computations have been started up to, for `to_host`; None on a CPU."""
+        return torch.cuda.current_stream(self.device).record_event() if self._stream is not None else None
+
+    def to_host(self, tensor: Tensor, computed: torch.cuda.Event | None) -> Tensor:
+        """Copy a result to main memory and wait for it, but not for what has been started since it was computed.
+
+        Args:
+            tensor: result.
+            computed: `mark` after it was started.
+        """
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None and computed is not None:
+                self._stream.wait_event(computed)
+            return tensor.cpu()
