@@ -135,7 +135,6 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
     config, limits = job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
     load = cache(partial(_load, values, ledger))
     with ledger, ExitStack() as stack:
-        stack.callback(report_spending, values)
         dataset = _open_dataset(values, files)
         report_state(ledger)
         subtitles = subtitle_writer(values, files, limits)
@@ -165,6 +164,7 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
                 sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset.path}\n")
     if not values.quiet:
         report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
+        report_spending(values)
         report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before + num_unwritten + num_unfused
 

@@ -86,7 +86,7 @@ def add_budget(values: Namespace) -> None:
 
 def report_spending(values: Namespace) -> None:
     """Print what the run has spent on servers."""
-    if (spent := values.budget.describe()) and not values.quiet:
+    if spent := values.budget.describe():
         sys.stderr.write(f"requests to servers: {spent}\n")
 
 

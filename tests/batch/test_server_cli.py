@@ -145,7 +145,7 @@ def test_all_servers_share_the_budget_and_have_keys_of_their_own(folder, serve, 
     code, _, err = call(*command(served, folder / "0.mp4", out, *flags, 7))
     total = r"6 requests, \d+ tokens by m at \S+; 1 request, \d+ tokens by r at"
     assert code == 2 and re.search(rf"the cap of 7 requests is reached \({total}", err), err
-    assert re.search(rf"^requests to servers: {total}", err, re.MULTILINE) and not fuser.requests
+    assert not fuser.requests
     code, _, err = call(*command(served, folder / "0.mp4", out, *flags, 9))
     assert code == 0 and re.search(r"requests to servers: 6 requests.* by m at .*; 1 request, .* by r at", err), err
     assert "; 1 request, 10 tokens by f at" in err

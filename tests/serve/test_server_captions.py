@@ -181,6 +181,9 @@ def test_the_job_is_resumed_at_another_address(start, serve, call, folder, tmp_p
         "toy",
     ]
     assert call(*args, folder / "0.mp4", "--server", f"{first.url}/v1")[0] == 0
+    other = serve(scripted(hears_video=True))  # it has the model, and is not `salmonn serve`
+    code, _, err = call(*args, folder, "--server", other.url)
+    assert code == 2 and 'was made with server_software "salmonn serve" (now null)' in err
     code, _, err = call(*args, folder, "--server", f"{second.url}/v1", "--concurrency", 3)
     assert code == 0 and "1 video already done, skipped" in err
     captions = read_records(tmp_path / "captions.jsonl", Caption)
@@ -188,9 +191,6 @@ def test_the_job_is_resumed_at_another_address(start, serve, call, folder, tmp_p
     for changed in (["--server-model", "other"], ["--server-input", "video+audio"]):
         code, _, err = call(*args, folder, "--server", f"{second.url}/v1", *changed)
         assert code == 2 and "use the same settings" in err and changed[1] in err
-    other = serve(scripted(hears_video=True))  # it has the model, and is not `salmonn serve`
-    code, _, err = call(*args, folder, "--server", other.url)
-    assert code == 2 and 'was made with server_software "salmonn serve" (now null)' in err
     code, _, err = call(*args[:3], folder)
     assert code == 2 and "--server-model" in err
 
