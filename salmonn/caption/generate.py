@@ -16,6 +16,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from salmonn.caption.constraint import Constraints, JsonGrammars
 from salmonn.caption.generator import Sampling
+from salmonn.model.decode_graph import GraphDecoder
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.layout import ModelInputs
 from salmonn.model.network import Network
@@ -83,6 +84,9 @@ class DecodeBatch:
         grammars: compiler of JSON schemas, for sampling parameters that have one.
         is_ahead: start the decode step of the next tokens before these are read from the device, so that it does not
             wait for the host; a row that has ended computes one token too many, which is dropped (default: on a GPU).
+
+    Attributes:
+        decoder: what runs the decode steps.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class DecodeBatch:
         self.stop_ids = stop_ids
         self.grammars = grammars
         self._is_ahead = network.device.type == "cuda" if is_ahead is None else is_ahead
+        self.decoder = GraphDecoder(network)
         self._is_decoded = False  # whether the logits after the last tokens are computed
         self._num_added = 0
         self._groups: list[_PrefillGroup] = []  # their rows, in this order, are those of the cache
@@ -191,7 +196,7 @@ class DecodeBatch:
         started = [group for group in self._groups if not group.is_waiting]
         num_waiting = sum(len(group) for group in self._groups if group.is_waiting)
         tokens = torch.cat([group.tokens for group in self._groups])
-        logits = self.network.decode_step(tokens, self._cache, num_waiting=num_waiting)
+        logits = self.decoder.step(tokens, self._cache, num_waiting=num_waiting)
         for group, part in zip(started, logits.split([*map(len, started), num_waiting]), strict=False):
             group.record_tokens()
             group.logits = part

@@ -12,6 +12,7 @@ tokens of the rows themselves are two further batches. The parts of each row are
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from salmonn.model.packing import PackedBatch
 from salmonn.model.partial_attention import float32_product, length_bias, partial_attention
 
 PAGE_LENGTH = 512  # tokens; a page is a block of work for a GPU, and costs it an output and a log-sum-exp per query
-GROWTH = 64  # columns that are added when the own tokens of some row fill theirs
+# Columns that are added when the own tokens of some row fill theirs; a static cache attends to all of them, but each
+# change costs a recorded step.
+GROWTH, GROWTH_STATIC = 64, 256
 
 
 @dataclass
@@ -151,6 +154,11 @@ class KVCache:
     Args:
         packed: the packed batch; no suffix is empty.
         positions: (3, 1, T) rotary positions of its tokens.
+
+    Attributes:
+        is_static: let decode steps attend to all columns that there is room for, with those without a token masked,
+            so that steps do not differ in shape (default: on a GPU, where they can be recorded).
+        layout_version: number that changes whenever tensors are replaced or rows come and go.
     """
 
     def __init__(self, packed: PackedBatch, positions: Tensor) -> None:
@@ -168,7 +176,9 @@ class KVCache:
             self._prefixes.append(_Prefix(pages, self._num_tails if rest else None, rest))
         self._tables: dict[torch.device, _Tables] = {}
         self._steps: dict[torch.device, _Step] = {}
-        self._num_columns, self._step_columns = 0, self._columns
+        self._step_columns = self._columns
+        self.is_static = positions.device.type == "cuda"
+        self.layout_version = 0
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -211,7 +221,7 @@ class KVCache:
         self._lengths += other._lengths
         self._positions = torch.cat([self._positions, other._positions], dim=1)
         self._columns = torch.cat([self._columns, other._columns])
-        self._tables.clear()
+        self._change_layout()
 
     def evict(self, is_active: Tensor) -> None:
         """Remove the rows where `is_active` (R,) is false, and prefixes that no row continues any more."""
@@ -233,10 +243,18 @@ class KVCache:
             cache.own.move(row_moves, used=len(rows))
         index = torch.tensor(rows, device=self._columns.device)
         self._positions, self._columns = self._positions[:, index], self._columns[index]
-        self._tables.clear()
+        self._change_layout()
+
+    def reserve(self) -> None:
+        """Make room for one more token of each row."""
+        for cache in self._layers.values():
+            if max(self._lengths) == cache.own.keys.shape[2]:
+                growth = GROWTH_STATIC if self.is_static else GROWTH
+                cache.own.map(partial(F.pad, pad=(0, 0, 0, growth)))
+                self._change_layout()
 
     def advance(self, *, num_waiting: int = 0) -> Tensor:
-        """Make room for one more token of each row.
+        """Make room for one more token of each row and start a decode step.
 
         Args:
             num_waiting: number of rows at the end whose token is a placeholder; the next one takes its place.
@@ -244,17 +262,32 @@ class KVCache:
         Returns:
             (3, R, 1) positions of the tokens.
         """
-        lengths, columns, positions = [n + 1 for n in self._lengths], self._columns + 1, self._positions + 1
-        for cache in self._layers.values():
-            if max(lengths) > cache.own.keys.shape[2]:
-                cache.own.map(lambda tensor: F.pad(tensor, (0, 0, 0, GROWTH)))
-        self._num_columns, self._step_columns = max(lengths), columns
+        self.reserve()
+        self.count_step(num_waiting=num_waiting)
+        return self.start_step(num_waiting=num_waiting)
+
+    def start_step(self, *, num_waiting: int = 0) -> Tensor:
+        """Do the part of `advance` that is on the device.
+
+        It changes tensors in place, so that a recorded step can be replayed; the host's part depends on the step.
+        """
         self._steps.clear()
-        started = len(self) - num_waiting
-        self._lengths = [*lengths[:started], *self._lengths[started:]]
-        self._columns = torch.cat([columns[:started], self._columns[started:]])
-        self._positions = torch.cat([positions[:, :started], self._positions[:, started:]], dim=1)
+        if not num_waiting:
+            self._step_columns = self._columns.add_(1)
+            return self._positions.add_(1)
+        self._step_columns, positions = self._columns + 1, self._positions + 1
+        self._columns[:-num_waiting] += 1
+        self._positions[:, :-num_waiting] += 1
         return positions
+
+    def count_step(self, *, num_waiting: int = 0) -> None:
+        """Count the tokens of a step on the host."""
+        started = len(self) - num_waiting
+        self._lengths = [length + (row < started) for row, length in enumerate(self._lengths)]
+
+    def _change_layout(self) -> None:
+        self._tables.clear()
+        self.layout_version += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See `AttentionBackend`; B is R, L is 1."""
@@ -294,10 +327,12 @@ class KVCache:
                 self._tables[device] = self._make_tables().to(device)
             tables, columns = self._tables[device], self._step_columns.to(device)
             tail_columns = max((prefix.tail_length for prefix in self._prefixes), default=0)
+            own = self._layers[min(self._layers)].own
+            own_columns = own.keys.shape[2] if self.is_static else max(self._lengths)
             self._steps[device] = _Step(
                 tables,
                 columns,
-                length_bias(columns[:, None] + 1, num_columns=self._num_columns, dtype=dtype),
+                length_bias(columns[:, None] + 1, num_columns=own_columns, dtype=dtype),
                 length_bias(tables.tail_lengths, num_columns=tail_columns, dtype=dtype),
             )
         return self._steps[device]

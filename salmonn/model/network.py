@@ -279,8 +279,11 @@ class Network(PreTrainedModel):
         Returns:
             (R, V) logits of the tokens after these.
         """
+        return self.decode_tokens(tokens, cache.advance(num_waiting=num_waiting), cache)
+
+    def decode_tokens(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits (R, V) after tokens (R,) at positions (3, R, 1), in a step of the cache that began."""
         embeds = Embedded(self.lm.get_input_embeddings()(tokens[:, None]))
-        positions = cache.advance(num_waiting=num_waiting)
         return self._logits(self._run_decoder(embeds, positions, cache)[:, 0])
 
     def _run_packed(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> Tensor:

@@ -26,8 +26,8 @@ def partial_attention(
         query: (B, K, Q, d); query heads that share a key head are further queries of it.
         keys, values: (B, K, S, d).
         scale: factor of the scores.
-        bias: (B, S) added to the scores, in the dtype of the query; minus infinity for columns to ignore. A row
-            without any other column gives an arbitrary result.
+        bias: (B, S) added to the scores, in the dtype of the query, as `length_bias` makes it; minus infinity for
+            columns to ignore. A row without any other column gives an arbitrary result.
 
     Returns:
         (B, K, Q, d), stored as (B, Q, K, d) by the kernels, and (B, K, Q) in float32.
@@ -83,9 +83,13 @@ def _largest_difference(kernel: Attention, device: torch.device, dtype: torch.dt
 
 
 def length_bias(lengths: Tensor, *, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the bias (B, num_columns) of B rows whose first columns, `lengths` (B, 1), are filled."""
-    is_empty = torch.arange(num_columns, device=lengths.device) >= lengths
-    return torch.zeros(is_empty.shape, dtype=dtype, device=lengths.device).masked_fill(is_empty, -torch.inf)
+    """Return the bias (B, num_columns) of B rows whose first columns, `lengths` (B, 1), are filled.
+
+    It is a part of a tensor with a multiple of 16 columns, in steps of which kernels read it.
+    """
+    is_empty = torch.arange(num_columns + -num_columns % 16, device=lengths.device) >= lengths
+    bias = torch.zeros(is_empty.shape, dtype=dtype, device=lengths.device).masked_fill_(is_empty, -torch.inf)
+    return bias[:, :num_columns]
 
 
 def _cpu_kernel(
@@ -104,12 +108,9 @@ def _cuda_kernel(
     if bias is None and query.dtype != torch.float32:
         output, total, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, scale=scale)
         return output, total
-    # The memory-efficient kernel takes a bias and float32. It reads biases in steps of 16 columns.
+    # The memory-efficient kernel takes a bias and float32.
     if bias is not None:
-        num_columns = bias.shape[1]
-        if bias.stride(0) % 16:
-            bias = torch.nn.functional.pad(bias, (0, -num_columns % 16))[:, :num_columns]
-        bias = bias[:, None, None].expand(*query.shape[:3], num_columns)
+        bias = bias[:, None, None].expand(*query.shape[:3], -1)
     output, total, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, keys, values, bias, compute_log_sumexp=True, scale=scale
     )
