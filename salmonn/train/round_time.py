@@ -24,7 +24,7 @@ from salmonn.train.dry_run import MemoryPlan
 PREFILL_SHARE, TRAINING_SHARE = 0.45, 0.35  # of the peak FLOPs, without and with a backward pass
 LAUNCHES_PER_LAYER = 58  # of a decode step: 1,614 in 28 layers, counted by tools/bench/decode_ops.py
 LAUNCH_SECONDS = 15e-6  # of Python, PyTorch and driver
-ROWS_ALIVE = 0.55  # mean share of a batch's captions that have not ended
+ROWS_ALIVE = 0.84  # mean share of the rows in use, simulated (docs/performance.md)
 PAGE_PASSES = 5  # in which attention's outputs for the pages of a prefix are written or read
 READ_SECONDS = 2.0  # of one core for a clip of 51 s, 720p
 NUM_READERS = 8  # worker processes for each GPU
@@ -236,8 +236,8 @@ def print_hours(work: RoundWork, config: EstimateConfig) -> None:
     console.print(
         f"A decode step of {work.rows} captions takes the longer of {1e3 * launches:.1f} ms of launches and the memory "
         f"traffic: {traffic}.\n"
-        f"Assumed: clips of 51 s; captions of {work.caption_tokens} tokens; {100 * ROWS_ALIVE:.0f} % of a batch's "
-        f"captions have not ended; {100 * PREFILL_SHARE:.0f} % of the peak FLOPs in forward passes, "
+        f"Assumed: clips of 51 s; captions of {work.caption_tokens} tokens; {100 * ROWS_ALIVE:.0f} % of the rows "
+        f"in use; {100 * PREFILL_SHARE:.0f} % of the peak FLOPs in forward passes, "
         f"{100 * TRAINING_SHARE:.0f} % in training; the judge is a 7B on further GPUs of this kind "
         f"({config.judge_gpus}), after sampling.",
         highlight=False,
