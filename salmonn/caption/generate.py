@@ -4,7 +4,7 @@ A clip is prefilled once for all its samples and questions, which share its KV c
 its own, so that it does not depend on the other rows of the batch, which may come and go at any time.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress, starmap
 from typing import NamedTuple
 
@@ -50,28 +50,23 @@ def generate(
     stop_ids: Sequence[int],
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
-    has_ended: Callable[[int, int], bool] | None = None,
     grammars: JsonGrammars | None = None,
 ) -> list[list[SampledToken]]:
     """Generate N samples for each of B prompts; takes the arguments of `DecodeBatch` and its `add`.
 
     Args:
         grammars: compiler of JSON schemas, for sampling parameters that have one.
-        has_ended: called with the number of a row and each of its token ids; the row ends when it returns True.
 
     Returns:
         B * N lists of tokens, the samples of a prompt in succession; the last one is a stop token unless the token
-        limit was reached, or `has_ended` returned True.
+        limit was reached.
     """
     batch = DecodeBatch(network, stop_ids=stop_ids, grammars=grammars)
     rows = batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
     generated: list[list[SampledToken]] = [[] for _ in rows]
-    ended: set[int] = set()
     while batch:
-        tokens = batch.step(ended)
-        for row, token in tokens.items():
+        for row, token in batch.step().items():
             generated[row].append(token)
-        ended = {row for row, token in tokens.items() if has_ended(row, token.id)} if has_ended else set()
     return generated
 
 

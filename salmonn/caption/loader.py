@@ -39,6 +39,7 @@ from salmonn.media.index import measured_seconds
 Result = TypeVar("Result")
 
 BATCHES_AHEAD = 2  # batches that are read or being read while the model works on another
+CLIPS_AHEAD = 16  # clips, where the model takes them one by one; a clip of a minute takes 100 MB
 BUCKET_BATCHES = 8  # batches whose clips are sorted by length together
 MAX_WORKERS = 8
 
@@ -337,7 +338,11 @@ class ClipReader:
         segments: SegmentRule | None = None,
         store: BoundsStore | None = None,
     ) -> Iterator[ReadResult[Result]]:
-        """Like `batches`, one clip after the other; as many are read ahead as a batch has, or keep the workers busy."""
+        """Like `batches`, in which at most 16 clips count as a batch, but one clip after the other.
+
+        As many are read ahead as a batch has, and enough to keep the workers busy.
+        """
+        size = min(size, CLIPS_AHEAD)
         plan = ([job] for batch in self._plan(jobs, size=size, segments=segments, store=store) for job in batch)
         num_ahead = max(BATCHES_AHEAD, size, self._num_workers + 1)
         return chain.from_iterable(self._read_ahead(plan, finish, num_ahead=num_ahead))

@@ -4,7 +4,6 @@ A model that starts from a published language model brings its own tokenizer. Th
 with the chat format of Qwen2 and placeholders for clip tokens.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -193,23 +192,3 @@ class IncrementalDetokenizer:
     def finalize(self, answer: str) -> str:
         """Return the rest of the whole answer."""
         return answer.removeprefix(self._emitted)
-
-
-class StopStrings:
-    """Strings that end the answers of a batch.
-
-    Args:
-        tokenizer: tokenizer of the model.
-        stop: the strings.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self._detokenizers = defaultdict[int, IncrementalDetokenizer](
-            lambda: IncrementalDetokenizer(tokenizer, stop=stop)
-        )
-
-    def has_ended(self, row: int, token: int) -> bool:
-        """Add a token to a row; return whether the row's text now contains one of the strings."""
-        detokenizer = self._detokenizers[row]
-        detokenizer.add(token)
-        return detokenizer.is_stopped

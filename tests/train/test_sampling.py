@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.limits import BatchLimits
+from salmonn.caption.scheduler import Scheduler
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, read_records
 from salmonn.train import sampling as train_sampling
@@ -147,14 +149,42 @@ def test_killed_sampling_resumes_from_its_finished_parts(captioner, clips, calls
     assert sample(folder=folder, seed=8) == other and calls["answered"] == 4 and not partial.exists()
 
 
-def test_batches_have_different_seeds(captioner, clips):
-    """The same clip several times: with equal seeds, two batches would have equal captions."""
+def copy_clip(captioner, clips, *, number) -> ClipSet:
+    """Return a set of the same clip a number of times."""
     (clips,) = cache_features(captioner, clips.head(1), name="clips")
     (features,) = clips.features.values()
-    references = [replace(clips.references[0], video=f"{number}.mp4") for number in range(3)]
-    copies = replace(
-        clips, references=references, features={clips.source(reference): features for reference in references}
+    references = [replace(clips.references[0], video=f"{index}.mp4") for index in range(number)]
+    return replace(
+        clips, references=references, features={clips.source(reference): replace(features) for reference in references}
     )
+
+
+def test_parts_in_any_order_and_after_a_kill(captioner, clips, calls, tmp_path, monkeypatch):
+    """32 batches of 2 clips are 8 parts, in which others join: each is the same whatever was sampled before."""
+    sampling = replace(SAMPLING, num_samples=1, batch_size=2)
+    copies, prefills = copy_clip(captioner, clips, number=64), []
+    prefill = Scheduler.prefill
+    monkeypatch.setattr(Scheduler, "prefill", lambda self, admitted: prefills.append(1) or prefill(self, admitted))
+    monkeypatch.setattr(captioner.processor, "stop_ids", list(range(1, 400, 5)))  # so that lengths differ
+
+    def sample(folder: Path) -> bytes:
+        sample_captions(captioner, copies, sampling, name="sampling", seed=SEED, folder=folder)
+        return (folder / "captions.jsonl").read_bytes()
+
+    expected = sample(tmp_path / "one")
+    assert calls["answered"] == 8 and len(prefills) > 8 * 4
+    calls["fatal"] = 11
+    with pytest.raises(Killed):
+        sample(tmp_path / "killed")
+    calls["fatal"] = 1000
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "balance", lambda costs: [list(range(len(costs)))[::-1]])
+        assert sample(tmp_path / "killed") == expected and calls["answered"] == 8 + 8
+
+
+def test_batches_have_different_seeds(captioner, clips):
+    """The same clip several times: with equal seeds, two batches would have equal captions."""
+    copies = copy_clip(captioner, clips, number=3)
     captions = sample_captions(captioner, copies, replace(SAMPLING, batch_size=2), name="sampling", seed=SEED)
     texts = [caption.text for caption in captions]
     assert len({tuple(texts[:2]), tuple(texts[2:4]), tuple(texts[4:])}) == 3
