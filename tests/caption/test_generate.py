@@ -12,6 +12,7 @@ from salmonn.caption import generate as generate_module
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import DecodeBatch, SampledToken, generate, sample_tokens, with_logprobs
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
+from salmonn.caption.limits import BatchLimits
 from salmonn.caption.processor import PromptRow
 from tests.completions import complete
 
@@ -347,7 +348,7 @@ def test_samples_depend_only_on_their_own_seed(captioner, media):
     )
     assert all(full.text.startswith(cut.text[:-1]) for full, cut in zip(every, short, strict=False))
     smaller_batches = complete(
-        captioner, features, ["Tell."] * 3, sampling=SAMPLED, num_samples=4, seeds=[7, 8, 9], batch_size=4
+        captioner, features, ["Tell."] * 3, sampling=SAMPLED, num_samples=4, seeds=[7, 8, 9], limits=BatchLimits(4)
     )
     assert smaller_batches == every
 
