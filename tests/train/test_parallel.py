@@ -101,9 +101,12 @@ def test_two_processes_train_like_one(strategy, fresh, train_split, single_proce
     assert max_difference(after, merged(single_process)) < 1e-4
 
 
-def test_a_sharded_model_is_trained_and_merged_like_a_whole_one(train_split, random_model, clips, tmp_path):
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=SLOW)])
+def test_a_sharded_model_is_trained_and_merged_like_a_whole_one(train_split, random_model, clips, tmp_path, resumed):
     """The same losses, and the same bytes of adapter and merged model; no process holds or reads all weights."""
     expected = train_split("fsdp2")
+    if resumed:
+        copy_first_eight_steps(expected, tmp_path)
     train("fsdp2", random_model, clips.root, tmp_path, processes=2, options=["sharded"])
     losses, expected_losses = ([step["loss"] for step in steps_of(folder)] for folder in (tmp_path, expected))
     assert losses == expected_losses
