@@ -10,7 +10,7 @@ from salmonn.records import Caption, Reference
 from salmonn.score.chat_client import LLMStoppedError
 from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.rating_ahead import RatingAhead
 from salmonn.train.rounds import rate_captions
 from salmonn.train.sampling import SampleConfig, sample_captions

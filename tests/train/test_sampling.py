@@ -17,7 +17,7 @@ from salmonn.records import Caption, read_records
 from salmonn.train import sampling as train_sampling
 from salmonn.train.batches import make_batches, make_parts
 from salmonn.train.data import ClipSet
-from salmonn.train.evaluate import cache_features
+from salmonn.train.encoding import cache_features
 from salmonn.train.sampling import SampleConfig, sample_captions
 
 SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_samples=2, batch_size=4)
