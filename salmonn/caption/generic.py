@@ -178,6 +178,10 @@ class GenericCaptioner(Captioner):
         """Return the clips: the model encodes them with each question."""
         return list(clips)
 
+    def prepare(self, clip: Clip) -> ClipInputs:
+        """See `Captioner`; a clip is not copied to a GPU before it is converted."""
+        return self.processor.clip_inputs(clip)
+
     def limits(self, batch_size: int | None = None) -> BatchLimits:
         """See `Captioner`; one sequence at a time."""
         return replace(super().limits(batch_size), num_rows=1, num_tokens=None)
