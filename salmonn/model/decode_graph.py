@@ -90,6 +90,6 @@ def record_cuda_graph(run: Run) -> tuple[Callable[[], object], Tensor]:
 
 
 def _is_on_one_gpu(network: Network) -> bool:
-    """Return whether all weights of the decoder are whole on one GPU: neither split, sharded nor offloaded."""
-    weights = list(network.lm.parameters())
+    """Return whether all weights are whole on one GPU: neither split, sharded nor offloaded."""
+    weights = list(network.parameters())  # also of a model of another library, which has no `lm`
     return all(type(one.data) is torch.Tensor and one.is_cuda and one.device == weights[0].device for one in weights)
