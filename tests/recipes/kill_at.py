@@ -18,7 +18,7 @@ import torch
 from salmonn.caption import captioner
 from salmonn.model import lora
 from salmonn.preference import reward, reward_model
-from salmonn.train import checkpoint, evaluate, feature_cache, reference_logps, run_folder
+from salmonn.train import checkpoint, evaluate, feature_cache, reference_logps, run_folder, sampling
 
 
 def kill() -> None:
@@ -68,8 +68,8 @@ def has_name(name: str) -> Callable[..., bool]:
 
 POINTS: dict[str, Callable[[], None]] = {
     "features": lambda: while_writing(feature_cache, "save_file"),
-    # The second batch of captions is sampled but not written, the first one is.
-    "sampling": lambda: before(evaluate, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
+    # The second part of the captions is sampled but not written, the first one is.
+    "sampling": lambda: before(sampling, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
     "captions": lambda: before(run_folder, "write_records", when=has_name("captions.jsonl")),
     "judging": lambda: before(reward, "write_scores"),
     "pairing": lambda: before(run_folder, "write_records", when=has_name("pairs.jsonl")),
