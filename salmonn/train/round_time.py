@@ -1,8 +1,8 @@
 """Hours of a round of mrDPO by arithmetic, from FLOPs, memory traffic and kernel launches. Never measured on a GPU.
 
     encoding        max(reading, FLOPs of the encoders), once per run
-    sampling        FLOPs of the prefills + decode steps * max(launches, bytes / bandwidth)
-    judging         FLOPs of the questions + bytes / bandwidth of the replies, on GPUs of its own
+    sampling        FLOPs of the prefills + decode steps * max(launches, bytes / bandwidth), without launches if replayed
+    judging         FLOPs of the questions + bytes / bandwidth of the replies, on GPUs of its own, beside sampling
     reference pass  FLOPs of a forward pass on each pair
     training        FLOPs of forward and backward pass, and of what is recomputed
     merge           bytes from and to the disk
@@ -11,12 +11,15 @@ A multiplication and an addition are two FLOPs. T tokens pass through the layers
 attention takes 4 H d FLOPs for each query and key in each layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from salmonn import dist
+from salmonn.caption.generate import EVICT_FRACTION
+from salmonn.model.decode_graph import STEPS_BEFORE_RECORDING
 from salmonn.model.kv_cache import PAGE_LENGTH
 from salmonn.model.memory import Stack
 from salmonn.train.dry_run import MemoryPlan
@@ -24,14 +27,18 @@ from salmonn.train.dry_run import MemoryPlan
 PREFILL_SHARE, TRAINING_SHARE = 0.45, 0.35  # of the peak FLOPs, without and with a backward pass
 LAUNCHES_PER_LAYER = 58  # of a decode step: 1,614 in 28 layers, counted by tools/bench/decode_ops.py
 LAUNCH_SECONDS = 15e-6  # of Python, PyTorch and driver
+# Steps after a change of the rows that are not replayed as a CUDA graph: the one in which clips join, those before the
+# recording, and the recording, which is assumed to take as long as two.
+LAUNCHED_STEPS = STEPS_BEFORE_RECORDING + 3
 ROWS_ALIVE = 0.84  # mean share of the rows in use, simulated (docs/performance.md)
 PAGE_PASSES = 5  # in which attention's outputs for the pages of a prefix are written or read
 READ_SECONDS = 2.0  # of one core for a clip of 51 s, 720p
 NUM_READERS = 8  # worker processes for each GPU
 DISK_BYTES = 1e9  # per second
-# A judge with the sizes of Qwen2.5 7B in a server with continuous batching: tokens of a question and of its reply.
+# A judge with the sizes of Qwen2.5 7B in a server with continuous batching and prefix caching: tokens of instructions
+# and events, which the questions about the captions of a clip begin with, and of a reply.
 JUDGE_WEIGHTS, JUDGE_KV_BYTES = 7.1e9, 57_344
-JUDGE_TOKENS, JUDGE_REPLY_TOKENS, JUDGE_ROWS = 2000, 600, 256
+JUDGE_PREFIX_TOKENS, JUDGE_REPLY_TOKENS, JUDGE_ROWS = 1400, 600, 256
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class RoundWork:
         return (1 + self.recomputed) * self.forward_flops(self.answers) + backward
 
     def decode_step_seconds(self, gpu: Gpu) -> tuple[float, float]:
-        """Return the seconds of a decode step's launches, and those of its memory traffic; the larger one counts."""
+        """Return the seconds of a decode step's launches, and those of its memory traffic."""
         stack = self.decoder
         token = 2 * stack.layers * stack.kv_heads * stack.head_width * self.bytes_per_number
         clips = self.rows / self.num_samples
@@ -146,6 +153,24 @@ class RoundWork:
         outputs = stack.layers * stack.heads * stack.head_width * self.rows * self.bytes_per_number
         merged = PAGE_PASSES * outputs * self.prefix_tokens / PAGE_LENGTH
         return LAUNCHES_PER_LAYER * stack.layers * LAUNCH_SECONDS, (self.weight_bytes + cached + merged) / gpu.bandwidth
+
+    @property
+    def launched_share(self) -> float:
+        """Share of the decode steps that are not replayed; the rows change whenever some of them have ended."""
+        return min(1.0, LAUNCHED_STEPS / (EVICT_FRACTION * self.caption_tokens))
+
+    def mean_step_seconds(self, gpu: Gpu) -> float:
+        """Return the mean seconds of a decode step."""
+        launches, traffic = self.decode_step_seconds(gpu)
+        return self.launched_share * max(launches, traffic) + (1 - self.launched_share) * traffic
+
+    def judge_seconds(self, gpu: Gpu) -> float:
+        """Return the seconds that a GPU of the judge takes for a caption."""
+        tokens = JUDGE_PREFIX_TOKENS / self.num_samples + self.caption_tokens
+        cached = JUDGE_PREFIX_TOKENS + self.caption_tokens + JUDGE_REPLY_TOKENS / 2
+        step_bytes = 2 * JUDGE_WEIGHTS + JUDGE_ROWS * JUDGE_KV_BYTES * cached
+        reply = JUDGE_REPLY_TOKENS * step_bytes / JUDGE_ROWS / gpu.bandwidth
+        return 2 * JUDGE_WEIGHTS * tokens / (PREFILL_SHARE * gpu.flops) + reply
 
 
 def estimate_hours(work: RoundWork, gpu: Gpu, *, gpus: int, judge_gpus: int) -> dict[str, float]:
@@ -160,19 +185,21 @@ def estimate_hours(work: RoundWork, gpu: Gpu, *, gpus: int, judge_gpus: int) -> 
     prefill, training = PREFILL_SHARE * gpu.flops, TRAINING_SHARE * gpu.flops
     captions = work.clips * work.num_samples
     steps = captions * work.caption_tokens / (work.rows * ROWS_ALIVE)
-    judge_bytes = 2 * JUDGE_WEIGHTS + JUDGE_ROWS * JUDGE_KV_BYTES * (JUDGE_TOKENS + JUDGE_REPLY_TOKENS / 2)
-    judging = captions * (
-        2 * JUDGE_WEIGHTS * JUDGE_TOKENS / prefill + JUDGE_REPLY_TOKENS * judge_bytes / JUDGE_ROWS / gpu.bandwidth
-    )
+    judging = captions * work.judge_seconds(gpu) if work.is_judged_by_model else 0.0
     seconds = {
         "encoding, once": work.clips * max(READ_SECONDS / NUM_READERS, work.encoder_flops / prefill) / gpus,
-        "sampling": (work.clips * work.forward_flops(0) / prefill + steps * max(work.decode_step_seconds(gpu))) / gpus,
-        "judging": judging / judge_gpus if work.is_judged_by_model else 0.0,
+        "sampling": (work.clips * work.forward_flops(0) / prefill + steps * work.mean_step_seconds(gpu)) / gpus,
+        "judging": judging / judge_gpus,
         "reference pass": work.pairs * work.forward_flops(work.answers - 1) / prefill / gpus,
         "training": work.pairs * work.training_flops / training / gpus,
         "merge": 3 * work.model_bytes / DISK_BYTES,  # the start is read, the merged model written and read
     }
     return {name: value / 3600 for name, value in seconds.items()}
+
+
+def sum_hours(hours: Mapping[str, float]) -> float:
+    """Return the hours of a round without encoding: captions are judged while further ones are sampled."""
+    return max(hours["sampling"], hours["judging"]) + hours["reference pass"] + hours["training"] + hours["merge"]
 
 
 def make_work(
@@ -228,17 +255,17 @@ def print_hours(work: RoundWork, config: EstimateConfig) -> None:
     for stage in hours[0]:
         table.add_row(stage, *(f"{one[stage]:.2f}" for one in hours))
     table.add_section()
-    table.add_row("a round, without encoding", *(f"{sum(list(one.values())[1:]):.2f}" for one in hours))
+    table.add_row("a round, without encoding", *(f"{sum_hours(one):.2f}" for one in hours))
     console = Console(width=100)
     console.print(table)
     launches = work.decode_step_seconds(GPUS[0])[0]
     traffic = ", ".join(f"{gpu.name} {1e3 * work.decode_step_seconds(gpu)[1]:.1f} ms" for gpu in GPUS)
     console.print(
-        f"A decode step of {work.rows} captions takes the longer of {1e3 * launches:.1f} ms of launches and the memory "
-        f"traffic: {traffic}.\n"
+        f"A decode step of {work.rows} captions takes {1e3 * launches:.1f} ms of launches, unless it is replayed as a "
+        f"CUDA graph ({100 * (1 - work.launched_share):.0f} %), or if longer, its memory traffic: {traffic}.\n"
         f"Assumed: clips of 51 s; captions of {work.caption_tokens} tokens; {100 * ROWS_ALIVE:.0f} % of the rows "
         f"in use; {100 * PREFILL_SHARE:.0f} % of the peak FLOPs in forward passes, "
         f"{100 * TRAINING_SHARE:.0f} % in training; the judge is a 7B on further GPUs of this kind "
-        f"({config.judge_gpus}), after sampling.",
+        f"({config.judge_gpus}), with prefix caching, and judges while captions are sampled.",
         highlight=False,
     )

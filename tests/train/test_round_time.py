@@ -11,7 +11,7 @@ from salmonn.model.memory import Stack
 from salmonn.train import round_time
 from salmonn.train.dry_run import MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig
-from salmonn.train.round_time import EstimateConfig, Gpu, RoundWork, estimate_hours, make_work
+from salmonn.train.round_time import EstimateConfig, Gpu, RoundWork, estimate_hours, make_work, sum_hours
 
 STACK = Stack(width=8, inner=32, layers=3, heads=4, kv_heads=2, head_width=2, gated=True)
 WORK = RoundWork(
@@ -34,8 +34,8 @@ def test_flops_by_hand():
 def test_hours_by_hand(monkeypatch):
     constants = dict(
         PREFILL_SHARE=0.5, TRAINING_SHARE=0.25, LAUNCHES_PER_LAYER=10, LAUNCH_SECONDS=1e-3, ROWS_ALIVE=0.5,
-        PAGE_PASSES=3, PAGE_LENGTH=50, READ_SECONDS=2.0, NUM_READERS=4, DISK_BYTES=1e9, JUDGE_WEIGHTS=5e5,
-        JUDGE_KV_BYTES=100, JUDGE_TOKENS=9, JUDGE_REPLY_TOKENS=2, JUDGE_ROWS=1000,
+        LAUNCHED_STEPS=1, EVICT_FRACTION=0.4, PAGE_PASSES=3, PAGE_LENGTH=50, READ_SECONDS=2.0, NUM_READERS=4, DISK_BYTES=1e9,
+        JUDGE_WEIGHTS=5e5, JUDGE_KV_BYTES=100, JUDGE_PREFIX_TOKENS=8, JUDGE_REPLY_TOKENS=2, JUDGE_ROWS=1000,
     )  # fmt: skip
     for name, value in constants.items():
         monkeypatch.setattr(round_time, name, value)
@@ -47,17 +47,21 @@ def test_hours_by_hand(monkeypatch):
     assert seconds == pytest.approx(
         {
             "encoding, once": 40 * 0.9,  # FLOPs; reading takes 0.5 s
-            # 320 captions of 10 tokens in steps that generate 4.
-            "sampling": (80 * 1_056_000 / 5e6 + 800 * 0.03) / 2,
-            # A question: 9 tokens of 10^6 FLOPs, and 2 steps for a thousandth of 10^6 + 1000 x 100 x (9 + 1) bytes.
-            "judging": 80 * (9e6 / 5e6 + 2 * 2e6 / 1000 / 1e6),
+            # 320 captions of 10 tokens in steps that generate 4. The rows change every 4 steps, the first of them is
+            # launched, and the others are replayed.
+            "sampling": (80 * 1_056_000 / 5e6 + 200 * 0.03 + 600 * traffic) / 2,
+            # A question: 8 / 4 + 10 tokens of 10^6 FLOPs; 2 steps for a thousandth of 10^6 + 1000 x 100 x (18 + 1) bytes.
+            "judging": 80 * (12e6 / 5e6 + 2 * 2.9e6 / 1000 / 1e6),
             "reference pass": 18 * (2 * 2880 * 120 + 96 * (5000 + 2 * 1050)) / 5e6,
             "training": 18 * 5_001_600 / 2.5e6,
             "merge": 3 * 7200,
         }
     )
+    hours = {name: value / 3600 for name, value in seconds.items()}
+    after = hours["reference pass"] + hours["training"] + hours["merge"]
+    assert hours["judging"] > hours["sampling"] and sum_hours(hours) == pytest.approx(hours["judging"] + after)
     by_rule = estimate_hours(replace(WORK, is_judged_by_model=False), GPU, gpus=2, judge_gpus=4)
-    assert by_rule["judging"] == 0
+    assert by_rule["judging"] == 0 and sum_hours(by_rule) == pytest.approx(by_rule["sampling"] + after)
     fast = replace(GPU, bandwidth=1e5)  # memory traffic limits a step
     assert 3600 * estimate_hours(WORK, fast, gpus=2, judge_gpus=4)["sampling"] == pytest.approx(
         (80 * 1_056_000 / 5e6 + 800 * (6000 + 48 * 240 + 2304) / 1e5) / 2
