@@ -1,7 +1,7 @@
 """Hours of a round of mrDPO by arithmetic, from FLOPs, memory traffic and kernel launches. Never measured on a GPU.
 
     encoding        max(reading, FLOPs of the encoders), once per run
-    sampling        FLOPs of the prefills + decode steps * max(launches, bytes / bandwidth), without launches if replayed
+    sampling        FLOPs of the prefills + decode steps * max(launches, bytes / bandwidth); no launches if replayed
     judging         FLOPs of the questions + bytes / bandwidth of the replies, on GPUs of its own, beside sampling
     reference pass  FLOPs of a forward pass on each pair
     training        FLOPs of forward and backward pass, and of what is recomputed

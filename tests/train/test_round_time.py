@@ -34,8 +34,9 @@ def test_flops_by_hand():
 def test_hours_by_hand(monkeypatch):
     constants = dict(
         PREFILL_SHARE=0.5, TRAINING_SHARE=0.25, LAUNCHES_PER_LAYER=10, LAUNCH_SECONDS=1e-3, ROWS_ALIVE=0.5,
-        LAUNCHED_STEPS=1, EVICT_FRACTION=0.4, PAGE_PASSES=3, PAGE_LENGTH=50, READ_SECONDS=2.0, NUM_READERS=4, DISK_BYTES=1e9,
-        JUDGE_WEIGHTS=5e5, JUDGE_KV_BYTES=100, JUDGE_PREFIX_TOKENS=8, JUDGE_REPLY_TOKENS=2, JUDGE_ROWS=1000,
+        LAUNCHED_STEPS=1, EVICT_FRACTION=0.4, PAGE_PASSES=3, PAGE_LENGTH=50, READ_SECONDS=2.0, NUM_READERS=4,
+        DISK_BYTES=1e9, JUDGE_WEIGHTS=5e5, JUDGE_KV_BYTES=100, JUDGE_PREFIX_TOKENS=8, JUDGE_REPLY_TOKENS=2,
+        JUDGE_ROWS=1000,
     )  # fmt: skip
     for name, value in constants.items():
         monkeypatch.setattr(round_time, name, value)
@@ -50,7 +51,7 @@ def test_hours_by_hand(monkeypatch):
             # 320 captions of 10 tokens in steps that generate 4. The rows change every 4 steps, the first of them is
             # launched, and the others are replayed.
             "sampling": (80 * 1_056_000 / 5e6 + 200 * 0.03 + 600 * traffic) / 2,
-            # A question: 8 / 4 + 10 tokens of 10^6 FLOPs; 2 steps for a thousandth of 10^6 + 1000 x 100 x (18 + 1) bytes.
+            # A question: 8 / 4 + 10 tokens of 10^6 FLOPs; 2 steps for a thousandth of 10^6 + 1000 x 100 x 19 bytes.
             "judging": 80 * (12e6 / 5e6 + 2 * 2.9e6 / 1000 / 1e6),
             "reference pass": 18 * (2 * 2880 * 120 + 96 * (5000 + 2 * 1050)) / 5e6,
             "training": 18 * 5_001_600 / 2.5e6,
