@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Bitwise comparisons need one device and one order of sums: tests run on one CPU thread.
@@ -40,7 +40,8 @@ torch.set_num_threads(1)
 LONGEST = (
     "tests/webui/test_app.py", "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py",
     "tests/batch/test_caption_cli.py", "tests/webui/test_answers.py", "tests/test_published_cli.py",
-    "tests/recipes/test_reward.py", "tests/recipes/test_sft.py", "tests/train/test_options.py",
+    "tests/recipes/test_families.py", "tests/recipes/test_reward.py", "tests/recipes/test_sft.py",
+    "tests/train/test_sampling.py", "tests/train/test_server_sampling.py", "tests/train/test_options.py",
     "tests/media/test_file_kinds_times.py", "tests/tools/test_ablation.py", "tests/test_dist.py",
 )  # fmt: skip
 
@@ -68,6 +69,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("")
         for line in exactness_table():
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Restore the number of threads, on which features depend: recipes that run in this process change it."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -306,4 +306,5 @@ def test_released_positions_reach_the_layout(capsys, monkeypatch, published, tmp
     args = (MEDIA / "jfk.flac", "--model", published("salmonn2-plus"), "--max-new-tokens", 1)
     for number, flags in enumerate([[], ["--published-positions"]]):
         assert call(capsys, *args, "--out", tmp_path / f"{number}.jsonl", *flags)[0] == 0
-    assert given == [False, True]
+        assert set(given) == {bool(flags)}
+        given.clear()

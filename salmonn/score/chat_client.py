@@ -56,6 +56,10 @@ class LLMStoppedError(ValueError):
     """No further request is possible in this run."""
 
 
+class NotSentError(LLMStoppedError):
+    """A request was not sent because another error, or the caller, has stopped the client."""
+
+
 class SpendCapError(LLMStoppedError):
     """A spend cap is reached."""
 
@@ -357,7 +361,7 @@ class ChatClient:
     def _count_request(self) -> None:
         """Count a request; raise LLMStoppedError at a spend cap or after a stop."""
         if self._stop.is_set():
-            raise LLMStoppedError("stopped before this request was sent")
+            raise NotSentError("stopped before this request was sent")
         if reason := self.budget.take_request(self.name):
             raise SpendCapError(reason.format(saved=self._saved))
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from salmonn.score.api_keys import API_KEY_FLAG
 from salmonn.score.budget import Budget
-from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
+from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, NotSentError, SpendCapError
 from salmonn.score.config import LLMConfig
 from salmonn.score.llm_protocol import ChatMessage, ChatRequest, Choice, LLMResponse
 from salmonn.score.response_cache import ResponseCache
@@ -109,7 +109,7 @@ class LLMClient(ChatClient):
                 # A request in flight may show that the cap is not the real problem.
                 for future in futures:
                     other = None if future.cancelled() else future.exception()
-                    if isinstance(other, LLMStoppedError) and not isinstance(other, SpendCapError):
+                    if isinstance(other, LLMStoppedError) and not isinstance(other, SpendCapError | NotSentError):
                         raise other from None
             raise
         executor.shutdown()

@@ -84,7 +84,7 @@ def test_tables(ledger, tmp_path):
     in_table[0]["captions"] = json.dumps({"short": ODD, "long": "Ä."}, ensure_ascii=False)
     in_table[0]["shaping"] = (
         '{"short": {"length": "cut", "missing_words": [], "unwanted_words": ["x"], "num_answers": 1, "language": null, '
-        '"draft": null}}'
+        '"draft": null, "bare": null}}'
     )
     assert [row | {"warnings": tuple(row["warnings"])} for row in rows] == in_table
     assert [asdict(one) for one in read_records(tmp_path / "new" / "all.jsonl", Caption)] == expected

@@ -15,7 +15,7 @@ from salmonn.records import Reference, read_records
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.data import ClipSource, all_texts
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.encoding import encode_clips
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from tests import d_orca, qwen3_vl
 from tests.omni_models import make_qwen2_5_omni, make_qwen3_omni
