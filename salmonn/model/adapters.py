@@ -91,9 +91,19 @@ def read_adapter(folder: Path, network: Network) -> Adapter:
         factors = read_factors(folder, network.family)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"the adapter cannot be read: {error}") from error
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"the adapter cannot be read: {ADAPTER_CONFIG_NAME} must be an object with numbers lora_alpha and r > 0, "
+            f"as PEFT writes it ({error})"
+        ) from error
     weights = dict(network.lm.named_parameters())
     for name, one in factors.items():
         weight = weights.get(f"{name}.weight")
+        if not one.a.ndim == one.b.ndim == 2 or len(one.a) != one.b.shape[1]:
+            raise ValueError(
+                f"the adapter cannot be read: lora_A and lora_B of {name} must be matrices of the same rank, got "
+                f"shapes {tuple(one.a.shape)} and {tuple(one.b.shape)}"
+            )
         if weight is None or weight.shape != (len(one.b), one.a.shape[1]):
             raise ValueError(f"the adapter belongs to another model: {name} is no projection of this size in this one")
         if weight.is_meta or not weight.is_floating_point():
@@ -120,17 +130,29 @@ class MergedAdapter:
 
     @torch.no_grad()
     def use(self, adapter: Adapter | None) -> None:
-        """Merge an adapter in place of the current one; each sum is computed in float32 and rounded once."""
-        if adapter is self.current:
+        """Merge an adapter in place of the current one; each sum is computed in float32 and rounded once.
+
+        After an error, such as too little memory, the network has no adapter.
+        """
+        if adapter is self.current and (adapter is not None or not self._base):
             return
+        self._restore()
+        try:
+            for name, factors in adapter.factors.items() if adapter else ():
+                weight = self._network.lm.get_parameter(f"{name}.weight")
+                self._base[f"{name}.weight"] = weight.detach().to("cpu", copy=True)
+                weight.copy_(weight.float() + factors.product(weight.device))
+        except BaseException:
+            self._restore()
+            raise
+        self.current = adapter
+
+    def _restore(self) -> None:
+        """Remove the adapter; if this fails, the next `use` does it."""
+        self.current = None
         for name, weight in self._base.items():
             self._network.lm.get_parameter(name).copy_(weight)
-        self._base, self.current = {}, None
-        for name, factors in adapter.factors.items() if adapter else ():
-            weight = self._network.lm.get_parameter(f"{name}.weight")
-            self._base[f"{name}.weight"] = weight.detach().to("cpu", copy=True)
-            weight.copy_(weight.float() + factors.product(weight.device))
-        self.current = adapter
+        self._base = {}
 
 
 def write_random_adapter(network: Network, lora: LoraConfig, folder: Path, *, rank: int) -> None:

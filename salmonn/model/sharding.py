@@ -22,6 +22,7 @@ from salmonn.model.lora import ADAPTER, AdapterSum, LoraConfig, MergeRounding, a
 from salmonn.model.network import Network
 from salmonn.model.weight_files import INDEX_NAME, WEIGHTS_NAME, WeightFiles
 from salmonn.records import write_json
+from salmonn.system import flush
 
 FILE_BYTES = 4 << 30  # of a file of a merged model
 
@@ -188,6 +189,7 @@ def merge_files(path: Path | str, adapters: Sequence[Path], folder: Path, *, pla
             of_lm = key.removeprefix("lm.")
             tensors[key] = (total.add_to(of_lm, weight) if of_lm in total.names else weight).cpu().contiguous()
         save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        flush(folder / name)
     if dist.is_main():
         if len(parts) > 1:
             sizes = {"total_size": sum(value.nbytes for value in network.parameters())}

@@ -12,9 +12,9 @@ The server rounds and batches in its own way: captions do not repeat to the bit,
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -145,7 +145,9 @@ class ServerSampler:
         self._processor, self._model, self._lora, self._reader = processor, model, lora, reader
         self._max_rank = min(lora.rank * max_adapters, config.max_rank or lora.rank * max_adapters)
         self._folder = (config.adapters_dir or out / "adapters").resolve()
-        self._run, self._overrides_frames = out.resolve().name, overrides_frames
+        # Runs in folders of the same name may share a server, or a folder for adapters.
+        path_hash = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:8]
+        self._run, self._overrides_frames = f"{out.resolve().name}-{path_hash}", overrides_frames
         self._generator: ServerCaptioner | None = None
         self._is_own = False
         self._loader: AdapterLoader | None = None  # of rank 0
@@ -234,7 +236,10 @@ class ServerSampler:
         parts = CaptionParts(
             partial,
             {
-                "model": generator.client.config.model,
+                "model": generator.client.config.model.replace(self._run, "run"),  # which a moved run keeps
+                "input": generator.input,
+                "frame_format": self.config.server_frame_format,
+                "parameters": self.config.server_parameters,
                 "prompt": self._processor.config.default_prompt("both"),
                 "sampling": asdict(sampling),
                 "seed": seed,
@@ -318,7 +323,10 @@ class ServerSampler:
 
     @contextmanager
     def _serve(self, adapters: Sequence[Path]) -> Iterator[str]:
-        """Let the server have the sum of the adapters, and yield the name of the model with it."""
+        """Let the server have the sum of the adapters, and yield the name of the model with it.
+
+        However the context ends, rank 0 unloads and deletes the sum.
+        """
         assert self.config.server_model
         if not adapters:
             yield self.config.server_model
@@ -327,23 +335,34 @@ class ServerSampler:
         for adapter in adapters:
             digest.update((adapter / ADAPTER_WEIGHTS_NAME).read_bytes())
         name = f"{self._run}-{adapters[-1].parent.name}-{digest.hexdigest()[:8]}"
-        model = ""
-        if self._loader:  # on rank 0
-            with self._temporary_folder() as temporary:
-                stacked = stack_adapters(adapters, temporary / "stacked", max_rank=self.config.max_rank)
-                self._publish(temporary / "stacked", self._folder / name)
-            if stacked.error:
-                log.warning(
-                    "%s has rank %d in place of that of all rounds; it lacks %.2f %% of the norm of their sum",
-                    name,
-                    stacked.rank,
-                    100 * stacked.error,
-                )
-            model = self._loader.load(name, self._folder / name, rank=stacked.rank)
-        yield dist.gather([model])[0]
-        dist.barrier()
-        if self._loader:
-            self._loader.unload(name)
+        if not self._loader:  # on other ranks
+            yield dist.gather([""])[0]
+            dist.barrier()
+            return
+        with self._temporary_folder() as temporary:
+            stacked = stack_adapters(adapters, temporary / "stacked", max_rank=self.config.max_rank)
+            self._publish(temporary / "stacked", self._folder / name)
+        if stacked.error:
+            log.warning(
+                "%s has rank %d in place of that of all rounds; it lacks %.2f %% of the norm of their sum",
+                name,
+                stacked.rank,
+                100 * stacked.error,
+            )
+        with self._loaded(self._loader, name, rank=stacked.rank) as model:
+            yield dist.gather([model])[0]
+            dist.barrier()
+
+    @contextmanager
+    def _loaded(self, loader: AdapterLoader, name: str, *, rank: int) -> Iterator[str]:
+        """Load a published adapter and yield the name of the model with it; unload and delete it in any case."""
+        try:
+            model = loader.load(name, self._folder / name, rank=rank)
+            try:
+                yield model
+            finally:
+                loader.unload(name)
+        finally:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     @property
@@ -353,30 +372,35 @@ class ServerSampler:
 
     @contextmanager
     def _temporary_folder(self) -> Iterator[Path]:
-        """Yield a folder beside the adapters, as they may be larger than /tmp."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as folder:
-            yield Path(folder)
+        """Yield a folder beside the adapters, as they may be larger than /tmp; that of a killed process is deleted."""
+        folder = self._folder / f".{self._run}.tmp"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, adapter: Path, folder: Path) -> None:
-        """Write an adapter to the folder that the server reads, with the names of weights of its model.
+        """Write an adapter in a temporary folder to the one that the server reads, with its model's names of weights.
 
         Raises:
             ValueError: these names are not known.
         """
         base = self.config.base or self._model
         shutil.rmtree(folder, ignore_errors=True)
-        with atomic_folder(folder) as unfinished:
-            if self._is_own:
-                for file in adapter.iterdir():
-                    shutil.copyfile(file, unfinished / file.name)
-                return
-            if is_own_layout(base):
-                raise ValueError(
-                    f"the names that the weights of {base} have on the server are not known; pass the checkpoint that "
-                    "the server runs as --sampler.base"
-                )
+        if self._is_own:
+            adapter.replace(folder)
+            return
+        if is_own_layout(base):
+            raise ValueError(
+                f"the names that the weights of {base} have on the server are not known; pass the checkpoint that "
+                "the server runs as --sampler.base"
+            )
+        renamed = adapter.with_name(f"{adapter.name}.renamed")
+        with atomic_folder(renamed) as unfinished:
             write_adapter(adapter, unfinished, base=base)
+        renamed.replace(folder)
 
     def _test_adapters(self, generator: ServerCaptioner, loader: AdapterLoader) -> None:
         """Test that the server takes an adapter of the largest rank of the run, and that its answers change.
@@ -391,26 +415,23 @@ class ServerSampler:
             network = build_on_meta(self._processor.config)
             write_random_adapter(network, self._lora, folder / "random", rank=self._max_rank)
             self._publish(folder / "random", self._folder / name)
-            model = loader.load(name, self._folder / name, rank=self._max_rank)
-            if not loader.is_sglang and not generator.is_own and self._max_rank > VLLM_MAX_RANKS[-1]:
-                raise ValueError(
-                    f"the run needs an adapter of rank {self._max_rank}, the sum of its rounds, and vLLM's "
-                    f"--max-lora-rank is at most {VLLM_MAX_RANKS[-1]}; use fewer rounds, a smaller lora.rank, or "
-                    f"--sampler.max-rank {VLLM_MAX_RANKS[-1]}, which approximates the sum"
-                )
-            answers = []
-            sampling = Sampling(max_new_tokens=_PROBE_TOKENS, logprobs=0)
             clip, _ = write_probe_clips(folder)
-            generator.accepts_empty = True
-            for one in (loader.base_name, model):
-                generator.client.use_model(one)
-                ((caption,),) = generator.generate(
-                    [CaptionRequest(clip, "Describe it.", sampling, modality=self._modality)]
-                )
-                answers.append((caption.text, caption.logprob))
-            generator.client.use_model(loader.base_name)
-            loader.unload(name)
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+            with self._loaded(loader, name, rank=self._max_rank) as model:
+                if not loader.is_sglang and not generator.is_own and self._max_rank > VLLM_MAX_RANKS[-1]:
+                    raise ValueError(
+                        f"the run needs an adapter of rank {self._max_rank}, the sum of its rounds, and vLLM's "
+                        f"--max-lora-rank is at most {VLLM_MAX_RANKS[-1]}; use fewer rounds, a smaller lora.rank, or "
+                        f"--sampler.max-rank {VLLM_MAX_RANKS[-1]}, which approximates the sum"
+                    )
+                answers = []
+                sampling = Sampling(max_new_tokens=_PROBE_TOKENS, logprobs=0)
+                request = CaptionRequest(clip, "Describe it.", sampling, modality=self._modality)
+                generator.accepts_empty = True
+                for one in (loader.base_name, model):
+                    generator.client.use_model(one)
+                    ((caption,),) = generator.generate([request])
+                    answers.append((caption.text, caption.logprob))
+                generator.client.use_model(loader.base_name)
         if answers[0] == answers[1]:
             raise ValueError(
                 f"{generator.client.address} answers the same with and without an adapter ({answers[0][0][:80]!r}): it "
@@ -439,9 +460,9 @@ class CaptionParts:
             write_json(path, request)
 
     def find_finished(self) -> set[int]:
-        """Return the indices of the finished clips, on all ranks."""
-        found = {int(path.stem.removeprefix("clip_")) for path in self._folder.glob("clip_*.jsonl")}
-        return dist.gather([found])[0]
+        """Return the indices of the finished clips, on all ranks, as rank 0 finds them."""
+        files = self._folder.glob("clip_*.jsonl") if dist.is_main() else ()
+        return dist.gather([{int(path.stem.removeprefix("clip_")) for path in files}])[0]
 
     def write(self, index: int, captions: Sequence[Caption]) -> None:
         """Write the captions of a clip."""

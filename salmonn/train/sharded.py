@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,13 @@ from salmonn.caption.processor import Processor
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
 from salmonn.model.sharding import build_empty, load_encoders, load_sharded, merge_files
+from salmonn.model.weight_files import INDEX_NAME, WEIGHTS_NAME
+from salmonn.records import read_json
+from salmonn.system import flush
 from salmonn.train.checkpoint import Checkpoint, load_trained, require_free_space
 from salmonn.train.run_folder import RunConfig, report_rounding
+
+_VISIBLE_SECONDS, _POLL_SECONDS = 60.0, 0.5  # for files of other machines
 
 
 def load_encoding_model(path: Path | str, config: RunConfig) -> Captioner:
@@ -41,7 +47,7 @@ def merge_sharded(
     """Do what `merge_checkpoint` does, with the same arguments and result, without the whole model in any process.
 
     Raises:
-        ValueError: the disk has too little free space for the model.
+        ValueError: the disk has too little free space for the model, or a file of another process does not appear.
     """
     gc.collect()
     network, half = build_empty(base, config.placement), folder / "merged" / ".half"
@@ -61,6 +67,27 @@ def merge_sharded(
     if dist.is_main():
         report_rounding(rounding, network.dtype, folder=folder)
         Processor.load(base, config=load_config(base)).save(half)
+        wait_for_weights(half)
+        for file in half.iterdir():
+            flush(file)
         publish_half(half)
     dist.barrier()
     return folder / "merged"
+
+
+def wait_for_weights(folder: Path) -> None:
+    """Wait until all files of a model's weights are visible: NFS shows those of other machines late.
+
+    Raises:
+        ValueError: some are still missing after `_VISIBLE_SECONDS`.
+    """
+    index = folder / INDEX_NAME
+    expected = set(read_json(index)["weight_map"].values()) if index.is_file() else {WEIGHTS_NAME}
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while missing := expected - {file.name for file in folder.iterdir()}:
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{folder} lacks {', '.join(sorted(missing)[:8])}, which other processes have written: use a folder on "
+                "a file system that all machines share, and start again"
+            )
+        time.sleep(_POLL_SECONDS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import httpx2
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.engine import Engine
@@ -15,7 +16,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
-from salmonn.model.adapters import MergedAdapter, StackedAdapter, read_adapter, stack_adapters
+from salmonn.model.adapters import Adapter, MergedAdapter, StackedAdapter, read_adapter, stack_adapters
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_in_float32, save_adapter
 from salmonn.serve.adapters import MAX_ADAPTERS
@@ -70,6 +71,22 @@ def test_a_stacked_adapter_is_the_sum_of_the_rounds(random_model, adapters):
     assert (network.lm.get_parameter(q_proj) - plain.lm.get_parameter(q_proj)).abs().max() > 0.1
     weights.use(None)
     assert all(torch.equal(value, plain.lm.get_parameter(name)) for name, value in network.lm.named_parameters())
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_the_base(random_model, adapters):
+    """A failure in the middle, such as too little memory, undoes what has been merged."""
+    network, plain = Captioner.load(random_model).network, Captioner.load(random_model).network
+    weights, good = MergedAdapter(network), read_adapter(adapters / "sum", network)
+    *names, last = good.factors
+    one = good.factors[last]
+    bad = Adapter({name: good.factors[name] for name in names} | {last: replace(one, a=one.a[1:])})
+    for before in (None, good):
+        weights.use(before)
+        with pytest.raises(RuntimeError, match="shape"):
+            weights.use(bad)
+        assert weights.current is None
+        for name, value in network.lm.named_parameters():
+            assert torch.equal(value, plain.lm.get_parameter(name)), name
 
 
 def test_a_sum_of_too_large_a_rank_is_approximated(random_model, adapters, tmp_path):
@@ -133,11 +150,18 @@ def test_what_is_refused(start, adapters, tmp_path, random_plus):
 
     folder = tmp_path / "adapters"
     shutil.copytree(adapters / "sum", folder / "good")
-    for name, changes in {"dora": {"use_dora": True}, "broken": {}}.items():
+    for name, changes in {"dora": {"use_dora": True}, "broken": {}, "rank_0": {"r": 0}, "text": {"r": "8"}}.items():
         shutil.copytree(folder / "good", folder / name)
         path = folder / name / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    for name in ("list", "ranks", "scalar"):
+        shutil.copytree(folder / "good", folder / name)
+    (folder / "list" / "adapter_config.json").write_text("[]")
+    tensors = load_file(folder / "good" / "adapter_model.safetensors")
+    key = min(tensors).replace("lora_B", "lora_A")
+    for name, tensor in {"ranks": tensors[key][1:], "scalar": torch.tensor(1.0)}.items():
+        save_file(tensors | {key: tensor}, folder / name / "adapter_model.safetensors")
     (folder / "link").symlink_to(adapters)
     network = Captioner.load(random_plus).network
     attach_lora(network, LoraConfig(), seed=0)
@@ -148,7 +172,9 @@ def test_what_is_refused(start, adapters, tmp_path, random_plus):
         assert refusal(path=path)[0] == 403
     assert refusal(path=folder / "none") == (404, f"No adapter found for {folder / 'none'}")
     assert "uses use_dora; only plain LoRA" in refusal(path=folder / "dora")[1]
-    assert "the adapter cannot be read" in refusal(path=folder / "broken")[1]
+    for name in ("broken", "rank_0", "text", "list", "ranks", "scalar"):
+        status, message = refusal(path=folder / name)
+        assert status == 400 and message.startswith("the adapter cannot be read: "), name
     assert "belongs to another model: model.language_model.layers.0" in refusal(path=folder / "other")[1]
     assert refusal("unload", "a") == (404, "the LoRA adapter 'a' cannot be found")
     for number in range(MAX_ADAPTERS):

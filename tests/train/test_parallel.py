@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from salmonn.train import sharded
 from salmonn.train.parallel import check_strategy
 from tests.launch import forked
 
@@ -205,3 +206,25 @@ def test_a_missing_package_is_reported(monkeypatch):
         check_strategy("zero3")
     check_strategy("fsdp2")
     check_strategy("ddp")
+
+
+def test_a_sharded_model_is_published_when_all_its_files_are_visible(tmp_path, monkeypatch):
+    """A file system over a network shows the files of other machines late."""
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    (tmp_path / names[0]).touch()
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            (tmp_path / names[1]).touch()
+
+    monkeypatch.setattr(sharded.time, "sleep", sleep)
+    sharded.wait_for_weights(tmp_path)
+    assert len(naps) == 2
+    monkeypatch.setattr(sharded, "_VISIBLE_SECONDS", 0)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors, which other processes have written"):
+        sharded.wait_for_weights(tmp_path)

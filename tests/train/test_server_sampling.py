@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from salmonn.caption.server_adapters import AdapterLoader
 from salmonn.media.clip import read_clip
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
-from salmonn.records import Caption, read_records
+from salmonn.records import Caption, read_json, read_records
 from salmonn.score.chat_client import ChatClient, LLMStoppedError
 from salmonn.score.config import LLMConfig
 from salmonn.train import server_sampling
@@ -145,13 +146,13 @@ def test_captions_of_a_round(serve, omni, rounds, clips, tmp_path):
     sampler = sampler_of(server, model, tmp_path)
     sampler.connect()
     number, (test, unload) = len(server.requests), script.history
-    assert test == f"load {tmp_path.name}-test" and unload == f"unload {tmp_path.name}-test"
+    assert re.fullmatch(rf"load {tmp_path.name}-[0-9a-f]{{8}}-test", test) and unload == f"un{test}"
     captions = sampler.sample(rounds, clips, SAMPLING, name="round_3", seed=7, folder=tmp_path / "round_3")
     assert not list((tmp_path / "adapters").iterdir()) and not (tmp_path / "round_3" / "captions.parts").exists()
     assert captions == read_records(tmp_path / "round_3" / "captions.jsonl", Caption)
     _, _, load, unload = script.history
     name = load.removeprefix("load ")
-    assert name.startswith(f"{tmp_path.name}-round_2-") and unload == f"unload {name}" and not script.loaded
+    assert load.startswith(test.removesuffix("test") + "round_2-") and unload == f"unload {name}" and not script.loaded
     chats = [request for request in server.requests[number:] if "messages" in request]
     assert len(chats) == 10 and {chat["model"] for chat in chats} == {name}
     processor, images = Captioner.load(omni).processor, [np.stack(images_of(chat)) for chat in chats]
@@ -224,13 +225,22 @@ def test_a_stopped_run_resumes(serve, omni, rounds, clips, tmp_path, caplog):
     with pytest.raises(LLMStoppedError, match="API key"):
         sample()
     assert len(list((tmp_path / "round_2" / "captions.parts").glob("clip_*"))) == 3
-    # The adapter is still loaded, as after a kill, and is loaded anew.
-    (name,) = script.loaded
+    request = read_json(tmp_path / "round_2" / "captions.parts" / "request.json")
+    assert (request["input"], request["frame_format"], request["parameters"]) == ("frames", "jpeg", None)
+    # The adapter is unloaded and deleted.
+    load, unload = script.history[-2:]
+    name = load.removeprefix("load ")
+    assert unload == f"unload {name}" and not script.loaded and not list((tmp_path / "adapters").iterdir())
+    # One that is still loaded, as after a kill, is loaded anew, and its files are deleted.
+    script.loaded[name] = {}
+    leftover = tmp_path / "adapters" / f".{name.rpartition('-round_')[0]}.tmp"
+    leftover.mkdir()
     state["limit"] = 100
     captions = sample()
     assert len(captions) == 10 and len(chats) == len(set(chats)) == 5
     assert script.history[-4:] == [f"load {name}", f"unload {name}", f"load {name}", f"unload {name}"]
     assert not caplog.records or "other clips" not in caplog.text
+    assert not list((tmp_path / "adapters").iterdir())
     # Complete captions need no server.
     server.close()
     assert sample() == captions
@@ -339,6 +349,16 @@ def test_a_busy_server_loads_in_the_end_and_sglang_elsewhere(serve, tmp_path):
 def test_a_server_that_will_not_do_is_found_at_the_start(serve, omni, tmp_path, script, options, message):
     with pytest.raises(ValueError, match=message):
         sampler_of(serve(script), omni, tmp_path, **options).connect()
+    assert not script.loaded and not list((tmp_path / "adapters").iterdir())
+
+
+def test_runs_of_the_same_name_share_a_server(serve, omni, tmp_path):
+    script = VLLM()
+    server = serve(script)
+    for parent in ("a", "b"):
+        sampler_of(server, omni, tmp_path / parent / "run", adapters_dir=tmp_path / "adapters").connect()
+    first, _, second, _ = script.history
+    assert first.startswith("load run-") and second.startswith("load run-") and first != second
 
 
 def test_a_deaf_server_and_unknown_names(serve, omni, random_model, tmp_path):
