@@ -304,8 +304,8 @@ def to_examples(data: ClipSet | ConversationSet, captioner: Captioner, config: S
     audible = [task for task in config.tasks if task.split("_")[0] not in ("visual", "audio")]
     if audible and not captioner.processor.family.hears:
         log.warning(
-            "the model hears nothing, but the tasks %s are about sounds too; visual_caption and others are about what "
-            "can be seen",
+            "the model has no audio input, but the tasks %s are about sounds too; visual_caption and others "
+            "are about what can be seen",
             ", ".join(audible),
         )
     return make_examples(

@@ -65,7 +65,7 @@ def try_lock(handle: int, *, shared: bool = False) -> bool:
             finally:
                 os.lseek(handle, position, os.SEEK_SET)
         else:
-            raise OSError(errno.ENOLCK, "this system has no locks of files")
+            raise OSError(errno.ENOLCK, "this operating system has no file locks; use Linux, macOS or Windows")
     except OSError as error:
         if error.errno in _LOCKED:
             return False
@@ -155,7 +155,7 @@ class Deadline:
         self._timer.start()
 
     def cancel(self) -> None:
-        """Let the process live."""
+        """Cancel the deadline."""
         if self._has_alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
         elif self._timer is not None:

@@ -110,7 +110,7 @@ def test_a_file_stands_for_a_folder_that_cannot_be_locked(monkeypatch, tmp_path)
 
 def test_without_locks_there_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(system, "fcntl", None)
-    with (tmp_path / "file").open("w") as file, pytest.raises(OSError, match="has no locks of files"):
+    with (tmp_path / "file").open("w") as file, pytest.raises(OSError, match="has no file locks"):
         system.try_lock(file.fileno())
 
 

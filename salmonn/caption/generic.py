@@ -102,7 +102,7 @@ class GenericProcessor(Processor):
     def check_modality(self, modality: Modality) -> None:
         """See `Processor`."""
         if modality == "audio" and not self.hears:
-            raise ValueError(f"modality audio: {self.name} hears nothing; use --modality visual")
+            raise ValueError(f"modality audio: {self.name} has no audio input; use --modality visual")
 
     def clip_inputs(self, clip: Clip) -> ClipInputs:
         """Keep a clip for the model's own processor, which converts it together with the prompt."""

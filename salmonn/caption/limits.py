@@ -1,4 +1,4 @@
-"""How many sequences are decoded together: as many as are asked for and as their KV cache has room for."""
+"""Limits on the sequences that are decoded together, by number and by the memory of their KV cache."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ KV_CACHE_SHARE = 0.6  # of the free memory of a GPU; prefill and decode steps ne
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """What may be decoded together.
+    """Limits of a batch.
 
     Args:
         num_rows: maximum number of sequences.

@@ -174,7 +174,7 @@ class Processor:
     def check_modality(self, modality: Modality) -> None:
         """Raise a ValueError if the modality is audio, and the model does not hear."""
         if modality == "audio" and not self.family.hears:
-            raise ValueError(f"modality audio: a {self.config.family} model hears nothing; use --modality visual")
+            raise ValueError(f"modality audio: a {self.config.family} model has no audio input; use --modality visual")
 
     def check_prompt(self, prompt: str | Prompt) -> None:
         """Raise a ValueError if a prompt is too long or contains forbidden characters or tokens."""

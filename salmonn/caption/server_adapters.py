@@ -3,7 +3,7 @@
 POST http://host:8000/v1/load_lora_adapter {"lora_name": "round_1", "lora_path": "/shared/round_1"}   vLLM, our service
 POST http://host:8000/load_lora_adapter                                                               SGLang
 
-The server reads the folder itself, so it must see it under the same path.
+The server reads the folder itself, so it must be able to read it under the same path.
 """
 
 import logging
@@ -106,12 +106,12 @@ class AdapterLoader:
             )
         if error.status_code in (403, 404) or "No adapter found" in words:
             return ValueError(
-                f"{address} does not see the adapter in {folder.resolve()}: {words}; the server must be able to read "
+                f"{address} cannot read the adapter in {folder.resolve()}: {words}; the server must be able to read "
                 "this folder under the same path: set adapters_dir to one on a file system that both share"
             )
         if re.search(r"not enabled|enable.lora|not support", words, re.IGNORECASE):
             return ValueError(f"{address} does not take adapters: {words}; {_HOW_TO_START}")
-        return ValueError(f"{address} does not load the adapter in {folder.resolve()}: {words}")
+        return ValueError(f"{address} does not load the adapter in {folder.resolve()}: {words}; see the server's log")
 
 
 def _words_of(error: openai.APIStatusError) -> str:

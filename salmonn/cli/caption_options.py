@@ -130,7 +130,8 @@ def _add_processing_options(parser: FlagParser) -> None:
         "--batch_size",
         type=int | None,
         default=None,
-        help="most clips in a batch (default: the model's own; on a GPU at least 64, as far as they fit)",
+        help="maximum number of sequences decoded together (default: the model's own, on a GPU at least 64; on a GPU, "
+        "never more than fit into its memory)",
     )
     add_reading_options(group)
     group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")

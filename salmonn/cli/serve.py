@@ -90,7 +90,8 @@ def _add_limit_options(parser: FlagParser) -> None:
         "--batch_size",
         type=int | None,
         default=None,
-        help="most clips in a batch (default: the model's own; on a GPU at least 64, as far as they fit)",
+        help="maximum number of sequences decoded together (default: the model's own, on a GPU at least 64; on a GPU, "
+        "never more than fit into its memory)",
     )
 
 

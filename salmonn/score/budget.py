@@ -1,4 +1,4 @@
-"""What a run spends on servers, and the caps on it."""
+"""Requests and tokens that a run spends on servers, and their caps."""
 
 import threading
 from dataclasses import dataclass

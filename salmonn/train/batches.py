@@ -21,7 +21,7 @@ def make_batches(lengths: Sequence[float], *, size: int) -> list[list[int]]:
 
 
 def make_parts(lengths: Sequence[float], *, size: int) -> list[list[int]]:
-    """Deal indices into parts of several batches, with equal numbers of long and short items in each, longest first.
+    """Distribute indices into parts of several batches, with as many long and short items in each, longest first.
 
     Large parts leave few rows of a batch without work at their end; small ones divide more evenly among processes.
     Their number is a multiple of 8; if they had less than 4 batches each, the parts are single batches.

@@ -192,8 +192,8 @@ def drop_sounds(clips: ClipSet) -> ClipSet:
     ]
     if num_without := sum(not one.visual_caption.strip() for one in clips.references):
         log.warning(
-            "the model hears nothing, and %d of %d references have no visual_caption: their caption is used, which may "
-            "describe sounds",
+            "the model has no audio input, and %d of %d references have no visual_caption: their caption is used, "
+            "which may describe sounds; add visual_caption to them",
             num_without,
             len(references),
         )
@@ -261,7 +261,9 @@ def make_examples(
     if single_modality_every < 1:
         raise ValueError(f"single_modality_every must be at least 1, got {single_modality_every}")
     if "audio" not in prompts and (about_audio := [task for task in tasks if task.startswith("audio_")]):
-        raise ValueError(f"tasks {', '.join(about_audio)} are about sound, but this model hears nothing; remove them")
+        raise ValueError(
+            f"tasks {', '.join(about_audio)} are about sound, but this model has no audio input; remove them"
+        )
     examples = []
     for index, reference in enumerate(clips.references):
         both_only = index % single_modality_every
@@ -344,8 +346,8 @@ def require_streams(source: ClipSource, inputs: ClipInputs, processor: Processor
         return
     if not processor.family.hears:
         raise ClipError(
-            f"{source.video}: this example needs video and audio, but a {processor.config.family} model hears "
-            "nothing; change its modality (use_audio in a conversation)"
+            f"{source.video}: this example needs video and audio, but a {processor.config.family} model has "
+            "no audio input; set its modality to visual (use_audio: false in a conversation)"
         )
     missing = "audio" if inputs.num_frames else "video"
     raise ClipError(

@@ -408,7 +408,7 @@ def summarize_clip(plan: MemoryPlan) -> str:
     num_text = len(plan.layout.timestamp_ids)
     num_audio = plan.clip_tokens - plan.layout.num_visual - num_text
     text = f"{num_text} text tokens, " if num_text else ""
-    sound = "with sound" if plan.family.hears else "without sound (this model hears nothing)"
+    sound = "with sound" if plan.family.hears else "without sound (this model has no audio input)"
     sentences = [
         f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, {sound}: "
         f"{video}, {num_audio} audio tokens, {text}{plan.clip_tokens} in total.",

@@ -494,6 +494,6 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         config.estimate,
         num_samples=config.sampling.num_samples,
         batch_size=config.sampling.batch_size,
-        is_judged_by_model=config.judge.kind != "rule",
+        is_judged_by_model=config.judge.kind != "rule" and config.reward.kind == "judge",
     )
     print_hours(work, config.estimate)

@@ -61,7 +61,7 @@ GPUS = (Gpu("A100", 312e12, 2.0e12), Gpu("H100", 989e12, 3.35e12), Gpu("H200", 9
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """What a dry run estimates the hours of a round for.
+    """Settings of the estimated hours of a round.
 
     Args:
         gpus: number of GPUs of training; none for one for each process.

@@ -70,8 +70,8 @@ class SamplerConfig(ServerOptions):
             the audio as WAV), video (the file with its sound), video+audio (the file, and its audio as WAV); auto means
             frames, and the file for `salmonn serve`.
         server_max_pixels: without effect here, as frames have the sizes that the local model takes.
-        adapters_dir: folder for the adapters of the rounds, which the server must see under the same path; none for
-            `adapters` in the run's folder.
+        adapters_dir: folder for the adapters of the rounds, which the server must be able to read under the same path;
+            none for `adapters` in the run's folder.
         base: folder or hub id of the model on the server, whose names of weights the adapters get; none for the model
             that the run starts from.
         max_rank: largest rank of an adapter; a sum of rounds of larger rank is replaced by its best approximation of
@@ -434,8 +434,9 @@ class ServerSampler:
                 generator.client.use_model(loader.base_name)
         if answers[0] == answers[1]:
             raise ValueError(
-                f"{generator.client.address} answers the same with and without an adapter ({answers[0][0][:80]!r}): it "
-                "ignores its matrices, whose names may not be those of the modules of its model"
+                f"{generator.client.address} gives the same answer with and without an adapter "
+                f"({answers[0][0][:80]!r}): it ignores the adapter, probably because its modules have other names; pass the "
+                "checkpoint that the server runs as --sampler.base"
             )
 
 

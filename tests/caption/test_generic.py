@@ -136,7 +136,7 @@ def test_a_batch_job_reads_files_with_our_reader(qwen, videos, tmp_path):
         [CaptionRequest(videos[0], "Tell.", Sampling(1.0, max_new_tokens=12, stop=(stop,)), seed=3)]
     )
     assert cut.text == results[0].text[: results[0].text.index(stop)].rstrip() and cut.finished
-    with pytest.raises(ValueError, match="modality audio: tiny hears nothing; use --modality visual"):
+    with pytest.raises(ValueError, match="modality audio: tiny has no audio input; use --modality visual"):
         generic.caption(videos[0], modality="audio")
     with pytest.raises(ValueError, match="a JSON schema needs a model with a family"):
         generic.caption(videos[0], sampling=Sampling(json_schema={"type": "object"}))

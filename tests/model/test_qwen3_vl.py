@@ -199,21 +199,21 @@ def test_the_model_hears_nothing(captioner, folder, call, videos, tmp_path):
     """Of a file with sound, it reads the video, and the caption says so; sound alone is refused."""
     caption = captioner.caption(videos[0], sampling=Sampling(max_new_tokens=2))
     assert caption.modality == "visual" and caption.prompt == captioner.default_prompt("visual")
-    with pytest.raises(ValueError, match="a qwen3-vl model hears nothing; use --modality visual"):
+    with pytest.raises(ValueError, match="a qwen3-vl model has no audio input; use --modality visual"):
         captioner.caption(videos[0], modality="audio")
     sound = CaptionRequest(videos[0], "What?", modality="audio")
-    with pytest.raises(ValueError, match="a qwen3-vl model hears nothing; use --modality visual"):
+    with pytest.raises(ValueError, match="a qwen3-vl model has no audio input; use --modality visual"):
         list(captioner.caption_many([sound]))
     with (
         ClipReader(workers=1) as reader,
         closing(Engine(captioner, reader)) as engine,
-        pytest.raises(ValueError, match="a qwen3-vl model hears nothing"),
+        pytest.raises(ValueError, match="a qwen3-vl model has no audio input"),
     ):
         engine.submit(sound, on_event=lambda *event: None)
     args = ("caption", videos[0], "--out", tmp_path / "c.jsonl", "--model", folder, "--modality", "audio")
     code, _, err = call(*args, "--workers", 0)
-    assert code == 2 and "\nerror: modality audio: a qwen3-vl model hears nothing; use --modality visual\n" in err
-    with pytest.raises(ClipError, match="needs video and audio, but a qwen3-vl model hears nothing"):
+    assert code == 2 and "\nerror: modality audio: a qwen3-vl model has no audio input; use --modality visual\n" in err
+    with pytest.raises(ClipError, match="needs video and audio, but a qwen3-vl model has no audio input"):
         ClipCache(captioner.processor)(ClipSource(videos[0], needs_both=True))
 
 
@@ -244,7 +244,7 @@ def test_examples_are_about_what_the_model_perceives(captioner, clips):
     examples = make_examples(clips, ["visual_caption", "visual_events"], prompts=prompts)
     assert [(one.clip.modality, len(one.turns)) for one in examples] == [("visual", 2)] * 5
     assert examples[0].turns[0] == Turn(captioner.default_prompt("visual"), clips.references[0].visual_caption)
-    with pytest.raises(ValueError, match="tasks audio_caption are about sound, but this model hears nothing"):
+    with pytest.raises(ValueError, match="tasks audio_caption are about sound, but this model has no audio input"):
         make_examples(clips, ["visual_caption", "audio_caption"], prompts=prompts)
 
 

@@ -311,8 +311,8 @@ def describe_of(clips, model: Path) -> str:
     [
         (NOT_FOUND, "does not load adapters while it runs .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.*--lora-dirs"),
         (Answer("LoRA rank 48 is greater than max_lora_rank 16.", status=400), "rank 48: .*--max-lora-rank 64"),
-        (Answer("No adapter found for /a/b", status=404), "does not see the adapter in .*adapters_dir"),
-        (Answer("lora_path must be below a folder of --lora-dirs", status=403), "does not see the adapter in"),
+        (Answer("No adapter found for /a/b", status=404), "cannot read the adapter in .*adapters_dir"),
+        (Answer("lora_path must be below a folder of --lora-dirs", status=403), "cannot read the adapter in"),
         (Answer("LoRA is not enabled. Use --enable-lora", status=400), "does not take adapters: .*--enable-lora"),
         (Answer("expected target modules in ['qkv']", status=400), "does not load the adapter in .*target modules"),
         (Answer("busy", status=503), "is unavailable: .*busy"),
@@ -341,7 +341,7 @@ def test_a_busy_server_loads_in_the_end_and_sglang_elsewhere(serve, tmp_path):
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
-        (VLLM(ignores_adapters=True), {}, "answers the same with and without an adapter .*ignores its matrices"),
+        (VLLM(ignores_adapters=True), {}, "gives the same answer with and without an adapter .*ignores the adapter"),
         (VLLM(max_rank=8), {"max_adapters": 5}, "rank 10: LoRA rank 10 is greater .*--max-lora-rank 16"),
         (VLLM(max_rank=1000), {"max_adapters": 300}, r"adapter of rank 600.*--max-lora-rank is at most 512"),
     ],

@@ -1,4 +1,4 @@
-"""Qwen3-VL: a vision transformer with deep features for the decoder's first layers, and Qwen3. It hears nothing."""
+"""Qwen3-VL: a vision transformer with deep features for the decoder's first layers, and Qwen3. No audio input."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -78,7 +78,7 @@ class Qwen3VL(GridFamily):
 
     name = "qwen3-vl"
     title = "Qwen3-VL (qwen3_vl)"
-    # It hears nothing: everything that it perceives can be seen.
+    # Without audio input, everything that it perceives is visible.
     prompts: ClassVar[Mapping[Modality, str]] = {"both": DESCRIBE, "visual": DESCRIBE}
     published_configs: ClassVar[Mapping[str, dict[str, Any]]] = {
         f"Qwen/Qwen3-VL-{size}-Instruct": values for size, values in PUBLISHED_SIZES.items()
