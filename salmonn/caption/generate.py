@@ -129,22 +129,21 @@ class DecodeBatch:
         constraints = self._constraints(len(inputs.input_ids), sampling)
         logits, cache, order = self.network.prefill(inputs)
         uniforms = _uniform_numbers(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
+        rows = range(self._num_added, self._num_added + len(order))
+        group = _PrefillGroup(
+            rows=[rows[number] for number in order],
+            logits=logits,
+            penalty=_repetition_penalty(self.network, inputs, order, sampling=sampling),
+            uniforms=uniforms.to(logits.device),
+            sampling=sampling,
+            stop_ids=self.stop_ids,
+            constraints=constraints,
+        )
         if self._cache is None:
             self._cache = cache
         else:
-            self._cache.extend(cache)
-        rows = range(self._num_added, self._num_added + len(order))
-        self._groups.append(
-            _PrefillGroup(
-                rows=[rows[number] for number in order],
-                logits=logits,
-                penalty=_repetition_penalty(self.network, inputs, order, sampling=sampling),
-                uniforms=uniforms.to(logits.device),
-                sampling=sampling,
-                stop_ids=self.stop_ids,
-                constraints=constraints,
-            )
-        )
+            self._cache.extend(cache)  # the last that may fail
+        self._groups.append(group)
         self._num_added = rows.stop
         return rows
 

@@ -209,7 +209,8 @@ class KVCache:
             self._layers[layer] = _LayerCache(_Pool(*pages), _Pool(*tails), _Pool(*own))
 
     def extend(self, other: "KVCache") -> None:
-        """Add the rows of another cache, which is used up; if that fails, this cache is unchanged."""
+        """Add the rows of another cache, which is used up; if that fails, this cache has the same rows as before."""
+        self._change_layout()  # first: even if memory runs out below, some tensors are others than in recorded steps
         num_pages, num_tails, num_groups = self._num_pages, self._num_tails, len(self._prefixes)
         counts = ((num_pages, other._num_pages), (num_tails, other._num_tails), (len(self), len(other)))
         for layer, cache in self._layers.items():
@@ -221,7 +222,6 @@ class KVCache:
         self._lengths += other._lengths
         self._positions = torch.cat([self._positions, other._positions], dim=1)
         self._columns = torch.cat([self._columns, other._columns])
-        self._change_layout()
 
     def evict(self, is_active: Tensor) -> None:
         """Remove the rows where `is_active` (R,) is false, and prefixes that no row continues any more."""
@@ -327,8 +327,10 @@ class KVCache:
                 self._tables[device] = self._make_tables().to(device)
             tables, columns = self._tables[device], self._step_columns.to(device)
             tail_columns = max((prefix.tail_length for prefix in self._prefixes), default=0)
-            own = self._layers[min(self._layers)].own
-            own_columns = own.keys.shape[2] if self.is_static else max(self._lengths)
+            columns_of_layers = [
+                layer.own.keys.shape[2] for layer in self._layers.values()
+            ]  # equal, unless `extend` fails
+            own_columns = min(columns_of_layers) if self.is_static else max(self._lengths)
             self._steps[device] = _Step(
                 tables,
                 columns,

@@ -140,8 +140,9 @@ class ChatClient:
             LLMStoppedError: the server is unreachable, refuses the key, or is no OpenAI-compatible server.
         """
         try:
-            # Not parsed by the client, which takes any body for a list.
-            body = self._client.with_options(timeout=_FIRST_CONTACT_SECONDS).models.with_raw_response.list().text
+            # Not parsed by the client, which takes any body for a list; not by a copy of the client (`with_options`),
+            # which would read OpenAI's headers from the environment again.
+            body = self._client.models.with_raw_response.list(timeout=_FIRST_CONTACT_SECONDS).text
             listed = json.loads(body)["data"]
             return [ServedModel(str(model["id"]), str(model.get("owned_by"))) for model in listed]
         except openai.APIStatusError as error:

@@ -52,7 +52,8 @@ class RatingAhead:
         if kind is not None:
             self._judge.client.stop()
         self._queue.put(None)
-        self._executor.shutdown()
+        # After an error, other ranks must learn of it before the replies in flight have arrived.
+        self._executor.shutdown(wait=kind is None)
         if kind is None:
             self._running.result()
 
@@ -63,7 +64,8 @@ class RatingAhead:
 
     def gather(self) -> dict[CaptionKey, Rating | Unscored]:
         """Return the ratings of all ranks, by video and sample."""
-        return dict(dist.gather(list(self._ratings.items())))
+        parts = dist.gather([list(self._ratings.items())])  # of any lengths
+        return dict(item for part in parts for item in part)
 
     def _run(self) -> None:
         while captions := self._take():

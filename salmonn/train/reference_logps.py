@@ -266,7 +266,7 @@ def _matches_cached(computed: Sequence[tuple[Logps, int]], cached: Sequence[Logp
         sums, sums_before = _sum_roles(logps), _sum_roles(before)
         allowed = _rounding_error(list(sums.values()), num_tokens, dtype=_compute_dtype(network))
         errors += [abs(value - sums_before[role]) / allowed for role, value in sums.items()]
-    matches = all(error <= 1 for error in dist.gather(errors))  # NaN does not match
+    matches = all(error <= 1 for of_rank in dist.gather([errors]) for error in of_rank)  # NaN does not match
     if not matches and dist.is_main():
         log.warning("cached reference log-probabilities differ by more than rounding error; recomputing")
     return matches

@@ -435,8 +435,8 @@ class ServerSampler:
         if answers[0] == answers[1]:
             raise ValueError(
                 f"{generator.client.address} gives the same answer with and without an adapter "
-                f"({answers[0][0][:80]!r}): it ignores the adapter, probably because its modules have other names; pass "
-                "the checkpoint that the server runs as --sampler.base"
+                f"({answers[0][0][:80]!r}): it ignores the adapter, probably because its modules have other names; "
+                "pass the checkpoint that the server runs as --sampler.base"
             )
 
 

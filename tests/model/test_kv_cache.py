@@ -110,6 +110,25 @@ def test_rows_join_and_leave():
         assert one.step() < 1e-6
 
 
+def test_no_memory_for_rows_that_join(monkeypatch):
+    """The rows that were there are decoded as before; steps that were recorded with other tensors are void."""
+    one, other = Cache(GROUPS), Cache([(9, [70])], seed=1)
+    one.step()
+    version, calls, extend = one.cache.layout_version, [], kv_cache._Pool.extend
+
+    def fail_at_last(*args, **options):
+        calls.append(1)
+        extend(*args, **options)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kv_cache._Pool, "extend", fail_at_last)
+    with pytest.raises(torch.OutOfMemoryError):
+        one.cache.extend(other.cache)
+    assert len(one.cache) == 6 and one.cache.layout_version > version
+    assert one.step() < 1e-6 and one.step() < 1e-6
+
+
 def test_eviction_copies_few_pages():
     """Of pages 0 to 4 the first two are freed: pages 3 and 4 take their places, and nothing else is copied."""
     one = Cache(GROUPS)

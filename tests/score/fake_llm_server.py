@@ -53,13 +53,14 @@ class FakeLLMServer:
 
     `max_concurrent` is the largest number of concurrent requests.
 
-    `headers` are those of the requests, `models` answers GET requests.
+    `headers` are those of the requests, `models` answers GET requests, whose headers are `get_headers`.
     """
 
     def __init__(self, script: Script, models: Answer | None = None) -> None:
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[Message] = []
+        self.get_headers: list[Message] = []
         self.models = models or model_list("m")
         self.max_concurrent = 0
         self._concurrent = 0
@@ -68,6 +69,7 @@ class FakeLLMServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                scripted.get_headers.append(self.headers)
                 self._send(scripted.models)
 
             def do_POST(self) -> None:

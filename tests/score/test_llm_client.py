@@ -434,13 +434,13 @@ def test_what_the_environment_has_for_openai_goes_nowhere_else(serve, open_clien
     variables["BASE_URL"] = server.url if is_default else "http://elsewhere/v1"
     for name, value in variables.items():
         monkeypatch.setenv(f"OPENAI_{name}", value)
-    complete(open_client(server))
-    sent = server.headers[0]
-    found = {name: sent.get(name) for name in ("OpenAI-Organization", "OpenAI-Project", "X-Secret", "Authorization")}
-    if is_default:
-        assert list(found.values()) == ["org", "project", "custom", "Bearer key"]
-    else:
-        assert list(found.values()) == [None, None, None, "Bearer none"]
+    client = open_client(server)
+    complete(client)
+    client.list_models()
+    expected = ["org", "project", "custom", "Bearer key"] if is_default else [None, None, None, "Bearer none"]
+    for sent in (server.headers[0], server.get_headers[0]):
+        names = ("OpenAI-Organization", "OpenAI-Project", "X-Secret", "Authorization")
+        assert [sent.get(name) for name in names] == expected
 
 
 def test_clients_share_a_budget(serve, tmp_path):

@@ -4,9 +4,10 @@ import threading
 
 import pytest
 
+from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.preference.reward import JudgeReward, make_judge
-from salmonn.records import Caption, Reference
+from salmonn.records import Caption, Reference, Unscored
 from salmonn.score.chat_client import LLMStoppedError
 from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.judge import RuleJudge
@@ -112,6 +113,17 @@ def test_an_error_of_the_judge_ends_the_run_after_sampling(captioner, train, ser
     with pytest.raises(LLMStoppedError, match="no such model"):
         sample_and_rate(captioner, train, make_reward(server), tmp_path / "round_1")
     assert (tmp_path / "round_1" / "captions.jsonl").is_file() and "rating has stopped" in caplog.text
+
+
+def test_ranks_rate_any_numbers_of_captions(monkeypatch):
+    """Rank 0 has fewer than rank 1, as after a resumed run, whose finished parts cost nothing."""
+    reward = JudgeReward(RuleJudge(), repetition_weight=1.0)
+    ahead = RatingAhead(reward, judge=reward.judge, references={})
+    rated = {(video, 0): Unscored(video, "none") for video in "abc"}
+    ahead._ratings = {("a", 0): rated["a", 0]}
+    others = [(key, rated[key]) for key in rated if key[0] != "a"]
+    monkeypatch.setattr(dist, "_all_gather", lambda items: [list(items), [others]])
+    assert ahead.gather() == rated
 
 
 def test_a_rule_judge_does_not_rate_ahead():
