@@ -90,7 +90,7 @@ def open_folder(folder: Path, *, follows_links: bool = True) -> int:
 
 
 def remove_locked(path: Path) -> None:
-    """Remove a file that this process has locked; on Windows it stays, since it is open, and is locked anew later."""
+    """Remove a file that this process has locked; on Windows, an open file is kept instead, and locked again later."""
     with suppress(*([] if FOLDERS_CAN_BE_LOCKED else [PermissionError])):
         path.unlink(missing_ok=True)
 

@@ -1,14 +1,17 @@
-"""Completions for clips that have been read or encoded before."""
+"""Completions for clips that have been read or encoded before, and tokens for model inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.constraint import JsonGrammars
+from salmonn.caption.generate import DecodeBatch, SampledToken
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Completion
-from salmonn.model.layout import ClipInfo
+from salmonn.model.layout import ClipInfo, ModelInputs
+from salmonn.model.network import Network
 
 
 def complete(
@@ -36,3 +39,31 @@ def complete(
         for captions in samples
         for caption in captions
     ]
+
+
+def generate(
+    network: Network,
+    inputs: ModelInputs,
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    num_samples: int = 1,
+    seeds: Sequence[int] | None = None,
+    grammars: JsonGrammars | None = None,
+) -> list[list[SampledToken]]:
+    """Generate N samples for each of B prompts; takes the arguments of `DecodeBatch` and its `add`.
+
+    Args:
+        grammars: compiler of JSON schemas, for sampling parameters that have one.
+
+    Returns:
+        B * N lists of tokens, the samples of a prompt in succession; the last one is a stop token unless the token
+        limit was reached.
+    """
+    batch = DecodeBatch(network, stop_ids=stop_ids, grammars=grammars)
+    rows = batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
+    generated: list[list[SampledToken]] = [[] for _ in rows]
+    while batch:
+        for row, token in batch.step().items():
+            generated[row].append(token)
+    return generated

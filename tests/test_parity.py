@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import Sampling
 from salmonn.model.families.salmonn2 import interleave_by_frame
 from salmonn.model.families.salmonn2_plus import interleave_by_time
@@ -23,6 +22,7 @@ from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora, set_adapter_weights
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig, RoleLogps, guided_loss
+from tests.completions import generate
 from tests.exactness import assert_close, assert_equal
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from salmonn.caption.loader import ClipReader, ReadSpec
+from salmonn.caption.loader import ClipReader
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.media.clip import Clip
 from salmonn.media.container import ClipError, open_media
 from salmonn.media.frame_sampling import FrameSampler, UniformSampler
@@ -73,7 +74,7 @@ def _to_jpeg(clip: Clip) -> bytes:
 
 
 def describe_missing(error: ClipError, path: Path) -> str:
-    """Return why a clip has no thumbnail, without its path, which stands beside the place of the thumbnail."""
+    """Return why a clip has no thumbnail, without its path, which the page shows beside the thumbnail."""
     reason = str(error).replace(f"{path}: ", "").replace(str(path), path.name)
     return "sound only" if reason.startswith("has no video;") else reason
 

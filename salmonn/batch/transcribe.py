@@ -7,7 +7,8 @@ from salmonn.batch.fetch import Fetcher
 from salmonn.batch.job import IndexedVideo, VideoResult, stamp
 from salmonn.batch.transcripts import Transcript
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import AudioReadSpec, ClipJob, ClipReader
+from salmonn.caption.loader import ClipJob, ClipReader
+from salmonn.caption.read_spec import AudioReadSpec
 from salmonn.caption.transcribe import Transcriber, Transcription
 from salmonn.media.clip import Clip
 from salmonn.records import Failure

@@ -23,9 +23,10 @@ from salmonn.caption.generator import (
     Span,
 )
 from salmonn.caption.limits import GPU_BATCH_SIZE, BatchLimits, measure_limits
-from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec
+from salmonn.caption.loader import ClipJob, ClipReader
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.caption.scheduler import ScheduledSequence, Scheduler
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape

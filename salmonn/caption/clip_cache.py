@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from salmonn.caption.loader import ReadSpec
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.model.layout import ClipFeatures
 
 

@@ -24,8 +24,9 @@ from typing import Literal
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.clip_cache import ClipCache, ClipKey
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ClipReader, LimitedReadSpec, ReadSpec
+from salmonn.caption.loader import ClipReader
 from salmonn.caption.prompt import Prompt
+from salmonn.caption.read_spec import LimitedReadSpec, ReadSpec
 from salmonn.caption.scheduler import OUT_OF_MEMORY, ScheduledSequence, Scheduler, memory_error
 from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip

@@ -42,34 +42,6 @@ class SampledToken(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def generate(
-    network: Network,
-    inputs: ModelInputs,
-    *,
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-    num_samples: int = 1,
-    seeds: Sequence[int] | None = None,
-    grammars: JsonGrammars | None = None,
-) -> list[list[SampledToken]]:
-    """Generate N samples for each of B prompts; takes the arguments of `DecodeBatch` and its `add`.
-
-    Args:
-        grammars: compiler of JSON schemas, for sampling parameters that have one.
-
-    Returns:
-        B * N lists of tokens, the samples of a prompt in succession; the last one is a stop token unless the token
-        limit was reached.
-    """
-    batch = DecodeBatch(network, stop_ids=stop_ids, grammars=grammars)
-    rows = batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
-    generated: list[list[SampledToken]] = [[] for _ in rows]
-    while batch:
-        for row, token in batch.step().items():
-            generated[row].append(token)
-    return generated
-
-
 class DecodeBatch:
     """Rows that are decoded together, one token per step; rows can be added between steps. False once all have ended.
 

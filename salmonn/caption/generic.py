@@ -22,9 +22,9 @@ from salmonn.caption.generate import SampledToken, with_logprobs
 from salmonn.caption.generator import Sampling
 from salmonn.caption.hearing import probe_hearing
 from salmonn.caption.limits import BatchLimits
-from salmonn.caption.loader import ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.caption.scheduler import OUT_OF_MEMORY, Scheduler, memory_error
 from salmonn.caption.streaming import Completion, to_completion
 from salmonn.media.audio import SAMPLE_RATE_HZ

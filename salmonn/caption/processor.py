@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from salmonn.caption.constraint import JsonGrammars
 from salmonn.caption.generator import History
-from salmonn.caption.loader import ReadSpec, SeparateAudioSpec
 from salmonn.caption.prompt import Prompt, answer_ids, prompt_ids, refuse_special_tokens
+from salmonn.caption.read_spec import ReadSpec, SeparateAudioSpec
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.media.readers import load_reader

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from salmonn.media.shots import SceneDetector, ShotDetector, find_shots
 
 if TYPE_CHECKING:
-    from salmonn.caption.loader import ReadSpec
+    from salmonn.caption.read_spec import ReadSpec
 
 ShotDetectorName = Literal["pyscenedetect", "transnetv2"]
 # The package of each detector, and the extra of this one that installs it.

@@ -28,7 +28,8 @@ from salmonn.caption.generator import (
     Span,
     to_failure,
 )
-from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
+from salmonn.caption.loader import ClipJob, ClipReader, ReadResult
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.caption.segments import BoundsStore, FixedSegments, SegmentRule
 from salmonn.caption.server_messages import DEFAULT_PROMPTS, EncodedClip, encode_clip, to_messages
 from salmonn.caption.server_options import KEY_FLAG, ServerInput, ServerOptions

@@ -15,7 +15,7 @@ from salmonn.cli.caption_outputs import out_path, resolve_out
 from salmonn.cli.caption_server import add_budget, add_server_options, server_options
 from salmonn.cli.context_options import CONTEXT_SETTINGS, add_context_options, speech_context
 from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
-from salmonn.cli.options import add_model_options, add_subtitle_options
+from salmonn.cli.options import add_batch_size, add_model_options, add_subtitle_options
 from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
 from salmonn.config import FlagParser
 from salmonn.media.frame_sampling import FrameOptions
@@ -126,13 +126,7 @@ def _add_output_options(parser: FlagParser) -> None:
 
 def _add_processing_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Speed and limits")
-    group.add_argument(
-        "--batch_size",
-        type=int | None,
-        default=None,
-        help="maximum number of sequences decoded together (default: the model's own, on a GPU at least 64; on a GPU, "
-        "never more than fit into its memory)",
-    )
+    add_batch_size(group)
     add_reading_options(group)
     group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
     group.add_argument(

@@ -131,6 +131,17 @@ def add_server_options(parser: FlagParser, *, port: int, read_seconds: float) ->
     parser.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
 
 
+def add_batch_size(parser: Any) -> None:
+    """Add --batch-size to a parser or group."""
+    parser.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="maximum number of sequences decoded together (default: the model's own, on a GPU at least 64; on a GPU, "
+        "never more than fit into its memory)",
+    )
+
+
 def add_subtitle_options(parser: Any) -> None:
     """Add the folder of subtitle files, and whether they may overwrite existing ones, to a parser or group."""
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from salmonn.cli.options import add_model_options, add_server_options, is_loopback, load_captioner
+from salmonn.cli.options import add_batch_size, add_model_options, add_server_options, is_loopback, load_captioner
 from salmonn.config import FlagParser
 
 if TYPE_CHECKING:
@@ -86,13 +86,7 @@ def _add_limit_options(parser: FlagParser) -> None:
     group.add_argument("--request_seconds", type=float, default=600.0, help="time limit per request")
     group.add_argument("--fetch_seconds", type=float, default=300.0, help="time limit for fetching a file")
     group.add_argument("--grace_seconds", type=float, default=30.0, help="time to finish requests on shutdown")
-    group.add_argument(
-        "--batch_size",
-        type=int | None,
-        default=None,
-        help="maximum number of sequences decoded together (default: the model's own, on a GPU at least 64; on a GPU, "
-        "never more than fit into its memory)",
-    )
+    add_batch_size(group)
 
 
 def run_serve(values: Namespace) -> int:

@@ -78,9 +78,9 @@ class SalmonnModel(lmms):
                 or has a file that cannot be read and `on_failure` is "raise".
         """
         answers = []
-        asked = [self._to_request(*request.args) for request in requests]
+        caption_requests = [self._to_request(*request.args) for request in requests]
         for request, result in zip(
-            requests, self._captioner.caption_many(asked, batch_size=self.batch_size), strict=True
+            requests, self._captioner.caption_many(caption_requests, batch_size=self.batch_size), strict=True
         ):
             if isinstance(result, Failure):
                 if self._on_failure == "raise":
@@ -118,10 +118,13 @@ class SalmonnModel(lmms):
             raise ValueError(f"num_beams {options['num_beams']} is not supported; pass --gen_kwargs num_beams=1")
         own = self._captioner.default_sampling()
         temperature = float(options.get("temperature") or 0.0)
+        do_sample = options.get("do_sample")
+        if do_sample is None:
+            do_sample = temperature > 0
         until = options.get("until") or ()
         stops = [until] if isinstance(until, str) else list(until)
         return Sampling(
-            temperature=temperature if options.get("do_sample", temperature > 0) else 0.0,
+            temperature=temperature if do_sample else 0.0,
             top_p=float(options.get("top_p") or 1.0),
             max_new_tokens=int(options.get("max_new_tokens") or own.max_new_tokens),
             repetition_penalty=own.repetition_penalty,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ Tab = Literal["caption", "compare", "write", "dataset"]
 FEEDBACK_NAME = "feedback.jsonl"
 COUNTED_ONLY = ("shown", "copy")  # actions that are not trained on
 OLD_NAMES = ("log.jsonl", "pairs.jsonl", "votes.jsonl")
+_RATER = re.compile(rb'"rater": "([^"\\]+)"')
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class FeedbackStore:
             return read_feedback(self.folder) if holds_feedback(self.folder) else []
 
     def forget(self, rater: str) -> int:
-        """Delete everything of a rater, with videos that no other feedback uses.
+        """Delete everything of a rater, with videos that no other feedback uses and parts of lines that may be theirs.
 
         Feedback goes last, so that the same call completes what a killed one began.
 
@@ -199,8 +201,9 @@ class FeedbackStore:
                     lines = (line for _, line, row in _read_lines(path) if row.get("rater") != rater)
                     write_text(path, "".join(lines))
                 if (partial := partial_path(path)).exists():
-                    parts = partial.read_bytes().splitlines(keepends=True)
-                    partial.write_bytes(b"".join(part for part in parts if rater.encode() not in part))
+                    # A part that was cut off before its rater's id may be of this one.
+                    parts = (part for part in partial.read_bytes().split(b"\n") if _names_other_rater(part, rater))
+                    write_text(partial, "".join(f"{part.decode(errors='replace')}\n" for part in parts))
         return len(feedback) - len(kept)
 
     def _repair(self) -> None:
@@ -387,6 +390,11 @@ def repair_last_line(path: Path) -> None:
             os.fsync(kept.fileno())
         file.truncate(size - len(last))
     logger.warning("%s ended with a part of a line, as left by a killed process; moved it to %s", path, aside)
+
+
+def _names_other_rater(part: bytes, rater: str) -> bool:
+    found = _RATER.search(part)
+    return found is not None and found[1] != rater.encode()
 
 
 def partial_path(path: Path) -> Path:

@@ -143,18 +143,9 @@ def compare_sets(
             f"the two sets, of {len(before)} and {len(after)} captions, have none in common: compare captions of the "
             "same videos and parts, under the same names"
         )
-    unequal = [key for key in common if before[key].num_events != after[key].num_events]
-    if unequal:
-        first_one, second_one = before[unequal[0]], after[unequal[0]]
-        remedy = "score both sets against the same references"
-        if first_one.num_events + first_one.num_excluded == second_one.num_events + second_one.num_excluded:
-            remedy = "only one set was captioned with video and audio; caption both with the same --modality"
-        raise ValueError(
-            f"{len(unequal)} captions were scored against different events, first {first_one.video} "
-            f"({first_one.num_events} and {second_one.num_events} events): {remedy}"
-        )
     videos = sorted({video for video, *_ in common})
     pairs = [(before[key], after[key]) for key in common]
+    _require_same_events(pairs)
     has_speech = any(one.dialogue and one.dialogue.num_spoken for pair in pairs for one in pair)
     measures = {**MEASURES, **(DIALOGUE_MEASURES if has_speech else {})}
     sums = [
@@ -178,6 +169,20 @@ def compare_sets(
         for column, name in enumerate(measures)
     }
     return SetComparison(len(videos), len(before) - len(common), len(after) - len(common), differences)
+
+
+def _require_same_events(pairs: Sequence[tuple[Score, Score]]) -> None:
+    """Raise ValueError if the scores of a pair count events of lists of different length."""
+    unequal = [(one, other) for one, other in pairs if one.num_events != other.num_events]
+    if unequal:
+        one, other = unequal[0]
+        remedy = "score both sets against the same references"
+        if one.num_events + one.num_excluded == other.num_events + other.num_excluded:
+            remedy = "only one set was captioned with video and audio; caption both with the same --modality"
+        raise ValueError(
+            f"{len(unequal)} captions were scored against different events, first {one.video} "
+            f"({one.num_events} and {other.num_events} events): {remedy}"
+        )
 
 
 def require_same_judge(first: JudgeInfo, second: JudgeInfo) -> None:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, SeparateAudioSpec, default_num_workers
+from salmonn.caption.loader import ClipJob, ClipReader, default_num_workers
+from salmonn.caption.read_spec import ReadSpec, SeparateAudioSpec
 from salmonn.caption.worker import WorkerLimits
 from salmonn.media.container import ClipError, declared_shape
 from salmonn.model.layout import ClipFeatures, ClipInputs

@@ -119,15 +119,7 @@ def compute_reference_logps(
     Returns:
         For each example the summed log-probability of each role's answer, or those of the tokens of all its answers.
     """
-    groups: dict[int, list[int]] = {}  # examples about the same clip, whose prefix they share
-    for index, example in enumerate(examples):
-        groups.setdefault(id(example.features), []).append(index)
-    by_clip = list(groups.values())
-    costs = [
-        len(examples[group[0]].features)
-        + sum(len(text.split()) for index in group for role in roles for text, _ in examples[index].answers(role))
-        for group in by_clip
-    ]
+    by_clip, costs = _group_by_clip(examples, roles)
     shares = dist.balance(costs)
     mine = [index for number in shares[dist.rank()] for index in by_clip[number]]
     score = partial(
@@ -155,6 +147,19 @@ def compute_reference_logps(
         values = {"format": REFERENCE_LOGPS_FORMAT, "fingerprint": fingerprint, "logps": logps}
         write_json(path, values, indent=None)
     return logps
+
+
+def _group_by_clip(examples: Sequence[Example], roles: Sequence[Role]) -> tuple[list[list[int]], list[int]]:
+    """Return the indices of the examples about each clip, whose prefix they share, and the cost of each clip."""
+    groups: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(id(example.features), []).append(index)
+    costs = [
+        len(examples[group[0]].features)
+        + sum(len(text.split()) for index in group for role in roles for text, _ in examples[index].answers(role))
+        for group in groups.values()
+    ]
+    return list(groups.values()), costs
 
 
 def mix_logps(start: Sequence[Logps], own: Sequence[Logps], *, eta: float) -> list[Logps]:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
 from salmonn.caption.generator import CaptionRequest, Span
-from salmonn.caption.loader import ClipJob, check_duration, split_into_segments
+from salmonn.caption.loader import ClipJob, split_into_segments
+from salmonn.caption.read_spec import check_duration
 from salmonn.caption.segments import FixedSegments, SegmentRule
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.feedback import FeedbackStore

@@ -78,7 +78,7 @@ def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
 
 
 def test_a_reply_is_saved_before_the_next_file_is_found(serve, videos, files):
-    """The listing goes on once a caption is on the disk; with replies that wait for it, it would never."""
+    """The listing waits until a caption is on the disk, and would wait forever if replies waited for the next file."""
     server = serve(captioner())
     ahead = 2  # files that the reader takes beside the one that it yields
 

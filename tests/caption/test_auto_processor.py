@@ -11,10 +11,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from salmonn.caption.auto_processor import SalmonnProcessor
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import Sampling
 from salmonn.caption.streaming import collate
 from salmonn.model.publish import write_own_layout
+from tests.completions import generate
 
 
 @pytest.fixture(scope="module")

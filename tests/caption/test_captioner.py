@@ -160,7 +160,7 @@ def damaged(videos, monkeypatch):
             return clip
         return replace(clip, warnings=DAMAGE, is_complete=False)
 
-    monkeypatch.setattr("salmonn.caption.loader.read_clip", read)
+    monkeypatch.setattr("salmonn.caption.read_spec.read_clip", read)
     return videos[1]
 
 
@@ -268,7 +268,7 @@ def test_a_sample_depends_only_on_its_seed(captioner, videos):
 
 def test_a_file_that_kills_its_worker_is_a_failure(captioner, videos, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text(
-        "import os\nfrom salmonn.caption.loader import ReadSpec\n"
+        "import os\nfrom salmonn.caption.read_spec import ReadSpec\n"
         "class Deadly(ReadSpec):\n def read(self, path):\n"
         "  return os.kill(os.getpid(), 9) if path.name == 'bad.mp4' else super().read(path)\n"
     )

@@ -9,7 +9,8 @@ import torch
 from salmonn.caption.clip_cache import ClipCache
 from salmonn.caption.engine import Engine
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
-from salmonn.caption.loader import ClipReader, ReadSpec
+from salmonn.caption.loader import ClipReader
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.model.layout import ClipFeatures, Layout
 from tests.caption.engine_client import stream_text

@@ -7,12 +7,12 @@ from contextlib import closing
 import pytest
 
 from salmonn.caption.engine import Overloaded
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
-from salmonn.caption.loader import ReadSpec
 from salmonn.caption.processor import PromptRow
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.model.layout import ClipInfo
 from tests.caption.engine_client import EventRecorder, make_steps, stream_text
+from tests.completions import generate
 from tests.limits import STEP_SECONDS, wait_until
 
 SHORT = Sampling(max_new_tokens=12)

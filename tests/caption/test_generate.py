@@ -10,11 +10,11 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption import generate as generate_module
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import DecodeBatch, SampledToken, generate, sample_tokens, with_logprobs
+from salmonn.caption.generate import DecodeBatch, SampledToken, sample_tokens, with_logprobs
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.processor import PromptRow
-from tests.completions import complete
+from tests.completions import complete, generate
 
 SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 

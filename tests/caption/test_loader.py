@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, default_num_workers, length_buckets
+from salmonn.caption.loader import ClipJob, ClipReader, default_num_workers, length_buckets
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
@@ -23,7 +24,7 @@ from tests.limits import RUN_SECONDS, STEP_SECONDS, wait_until
 # A worker's behaviour depends on the file's name. A module of its own, since workers import the class they receive.
 SCRIPTED_MODULE = """
 import logging, os, signal, sys, time
-from salmonn.caption.loader import ReadSpec
+from salmonn.caption.read_spec import ReadSpec
 
 class ScriptedReadSpec(ReadSpec):
     def read(self, path):

@@ -22,7 +22,6 @@ from transformers.image_utils import (
 )
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.media.clip import Clip
@@ -31,6 +30,7 @@ from salmonn.model.loading import load_config
 from salmonn.model.publish import write_published_layout
 from salmonn.model.towers import normalize
 from salmonn.train.feature_cache import FeatureCache
+from tests.completions import generate
 from tests.exactness import assert_close, assert_equal
 from tests.omni_models import Published, make_clip, make_qwen2_5_omni, make_qwen3_omni, published_name
 from tests.torchvision_stub import torchvision_stub

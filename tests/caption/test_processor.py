@@ -50,7 +50,7 @@ def test_inputs_from_two_files_keep_what_is_known_about_both(processor, monkeypa
         "a.mp4": replace(make_clip(samples=None), warnings=("lost a frame",)),
         "a.wav": replace(make_clip(frames=0), warnings=("lost 1 s of audio",), is_complete=False),
     }
-    monkeypatch.setattr("salmonn.caption.loader.read_clip", lambda path, *_, **__: clips[str(path)])
+    monkeypatch.setattr("salmonn.caption.read_spec.read_clip", lambda path, *_, **__: clips[str(path)])
     info = ClipInfo("both", is_complete=False, warnings=("lost a frame", "lost 1 s of audio"))
     assert processor.read("a.mp4", sound="a.wav").info == info
     assert processor.read("a.mp4", sound="a.wav", modality="visual").info == ClipInfo(

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.limits import KV_CACHE_SHARE, BatchLimits, measure_limits
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.scheduler import ScheduledSequence, Scheduler
 from salmonn.caption.streaming import Completion, TextDelta
+from tests.completions import generate
 
 PROMPT = Prompt("Tell.")
 SAMPLING = Sampling(max_new_tokens=100)

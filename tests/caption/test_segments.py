@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec
+from salmonn.caption.loader import ClipJob, ClipReader
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.caption.segments import FixedSegments, ShotSegments
 from salmonn.caption.transnet import TransNetDetector, load_transnet
 from salmonn.media.frame_sampling import FixedRateSampler

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from salmonn.caption.generate import DecodeBatch, SampledToken, generate
+from salmonn.caption.generate import DecodeBatch, SampledToken
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipReader
@@ -15,7 +15,7 @@ from salmonn.caption.segments import FixedSegments
 from salmonn.caption.streaming import to_completion
 from salmonn.model.layout import ClipInfo
 from salmonn.records import Caption, Failure
-from tests.completions import complete
+from tests.completions import complete, generate
 
 SHORT = Sampling(max_new_tokens=12)
 SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)

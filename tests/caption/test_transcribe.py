@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.loader import AudioReadSpec
+from salmonn.caption.read_spec import AudioReadSpec
 from salmonn.caption.transcribe import (
     Transcription,
     WhisperConfig,

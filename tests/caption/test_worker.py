@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from salmonn.caption.generator import CaptionRequest, Span
-from salmonn.caption.loader import ClipJob, ClipReader, LimitedReadSpec, ReadSpec, split_into_segments
+from salmonn.caption.loader import ClipJob, ClipReader, split_into_segments
+from salmonn.caption.read_spec import LimitedReadSpec, ReadSpec
 from salmonn.caption.segments import FixedSegments
 from salmonn.caption.worker import WorkerLimits
 from salmonn.media.frame_sampling import FixedRateSampler
@@ -20,7 +21,7 @@ import fcntl, os, signal, stat, time
 from contextlib import suppress
 import numpy as np
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ReadSpec
+from salmonn.caption.read_spec import ReadSpec
 
 def write_reply(data):
     signal.signal(signal.SIGALRM, signal.SIG_IGN)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from salmonn.caption.loader import ClipReader, ReadSpec
+from salmonn.caption.loader import ClipReader
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.media import display
 from salmonn.media.clip import ClipError, read_clip
 from salmonn.media.container import declared_shape

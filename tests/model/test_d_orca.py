@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import train_tokenizer
@@ -24,6 +23,7 @@ from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.train.data import ClipSource, SftBatches, TrainingExample, all_texts, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, fit
+from tests.completions import generate
 from tests.d_orca import save_tiny
 from tests.exactness import assert_close, assert_equal
 

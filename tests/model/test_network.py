@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow, select_modality
-from tests.completions import complete
+from tests.completions import complete, generate
 
 ROWS = [
     PromptRow(0, "Tell.", "A red circle appears and then a low tone is heard."),

@@ -17,7 +17,6 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.engine import Engine
-from salmonn.caption.generate import generate
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
@@ -45,6 +44,7 @@ from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample
 from salmonn.train.reference_logps import compute_reference_logps
+from tests.completions import generate
 from tests.exactness import assert_close, assert_equal
 from tests.qwen3_vl import expected_inputs, save_tiny
 

@@ -284,10 +284,13 @@ def test_a_partial_line_is_moved_aside(store, video, caplog):
     with path.open("a") as file:
         file.write('{"rater": "ann')
     assert FeedbackStore(store.folder).read() == [first, second]
+    with path.open("a") as file:
+        file.write('{"text": "é", "rater": "bob"')
+    assert FeedbackStore(store.folder).read() == [first, second]
     parts = store.folder / "feedback.jsonl.partial"
-    assert parts.read_text() == '{"date": "2026-11\n{"rater": "ann\n'
-    store.forget("ann")
-    assert store.read() == [second] and parts.read_text() == '{"date": "2026-11\n'
+    assert parts.read_text() == '{"date": "2026-11\n{"rater": "ann\n{"text": "é", "rater": "bob"\n'
+    store.forget("ann")  # with parts that end before the rater's id
+    assert store.read() == [second] and parts.read_text() == '{"text": "é", "rater": "bob"\n'
 
 
 def test_a_whole_record_without_a_line_end_is_kept(store, video):

@@ -81,19 +81,6 @@ def test_two_processes_give_the_same_results(captioner, clips, random_model, tmp
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 
 
-@pytest.fixture
-def costs(monkeypatch):
-    """The costs of the items that were last distributed; all go to this process."""
-    last_costs = []
-
-    def balance(item_costs):
-        last_costs[:] = item_costs
-        return [list(range(len(item_costs)))]
-
-    monkeypatch.setattr(dist, "balance", balance)
-    return last_costs
-
-
 def test_the_cost_of_reading_is_the_duration(captioner, clips, costs):
     cache_features(captioner, clips, name="clips")
     durations = [reference.duration_seconds for reference in clips.references]

@@ -49,7 +49,7 @@ class Killed(Exception):
 
 
 def test_a_slow_judge_rates_while_the_next_part_is_sampled(captioner, train, serve, make_reward, tmp_path, monkeypatch):
-    """The judge replies once the second of three parts is begun, which goes on once the judge has been asked."""
+    """The judge replies once the second of three parts has begun, which continues once a request has arrived."""
     generate, num_parts = Captioner.generate, []
     is_asked, is_sampling = threading.Event(), threading.Event()
 

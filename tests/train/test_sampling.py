@@ -72,19 +72,6 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def costs(monkeypatch):
-    """The costs of the items that were last distributed; all go to this process."""
-    last_costs = []
-
-    def balance(item_costs):
-        last_costs[:] = item_costs
-        return [list(range(len(item_costs)))]
-
-    monkeypatch.setattr(dist, "balance", balance)
-    return last_costs
-
-
-@pytest.fixture
 def calls(monkeypatch):
     """Count the generated parts; the process is killed at part number `fatal`."""
     counts = Counter(answered=0, fatal=1000)

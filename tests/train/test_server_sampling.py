@@ -231,7 +231,7 @@ def test_a_stopped_run_resumes(serve, omni, rounds, clips, tmp_path, caplog):
     load, unload = script.history[-2:]
     name = load.removeprefix("load ")
     assert unload == f"unload {name}" and not script.loaded and not list((tmp_path / "adapters").iterdir())
-    # One that is still loaded, as after a kill, is loaded anew, and its files are deleted.
+    # One that is still loaded, as after a kill, is loaded again, and its files are deleted.
     script.loaded[name] = {}
     leftover = tmp_path / "adapters" / f".{name.rpartition('-round_')[0]}.tmp"
     leftover.mkdir()

@@ -7,7 +7,8 @@ import pytest
 
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest, Span
-from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec
+from salmonn.caption.loader import ClipJob, ClipReader
+from salmonn.caption.read_spec import ReadSpec
 from salmonn.caption.segments import ShotSegments
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.container import ClipError
