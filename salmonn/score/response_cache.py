@@ -4,6 +4,7 @@ import json
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 from salmonn.score.llm_protocol import LLMResponse
 
@@ -31,7 +32,7 @@ class ResponseCache:
         self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
         if self._format() != _CACHE_FORMAT:
             self._execute("BEGIN IMMEDIATE")  # other processes may be creating the same file
-            if self._format() != _CACHE_FORMAT and self._execute("SELECT 1 FROM sqlite_master").fetchone():
+            if self._format() != _CACHE_FORMAT and self._execute("SELECT 1 FROM sqlite_master"):
                 self._connection.close()
                 raise ValueError(f"{path} is not a reply cache of format {_CACHE_FORMAT}: pass another file as --cache")
             self._execute(
@@ -43,8 +44,8 @@ class ResponseCache:
 
     def get(self, key: str) -> LLMResponse | None:
         """Return the reply to a request, or None if it is not cached."""
-        row = self._execute("SELECT reply, is_truncated, num_tokens FROM responses WHERE key = ?", (key,)).fetchone()
-        return LLMResponse(row[0], bool(row[1]), row[2]) if row else None
+        rows = self._execute("SELECT reply, is_truncated, num_tokens FROM responses WHERE key = ?", (key,))
+        return next((LLMResponse(text, bool(is_truncated), number) for text, is_truncated, number in rows), None)
 
     def put(self, key: str, response: LLMResponse, *, model: str, request: object) -> None:
         """Store a reply; the model with its address, and the request, are for people who read the file."""
@@ -62,12 +63,14 @@ class ResponseCache:
         )
 
     def _format(self) -> int:
-        return int(self._execute("PRAGMA user_version").fetchone()[0])
+        return int(self._execute("PRAGMA user_version")[0][0])
 
-    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         try:
+            # All rows are read under the lock: an open cursor of one thread would hold a read lock on the file, and
+            # SQLite refuses another thread's write at once, without the timeout, if another process waits to write.
             with self._lock:
-                return self._connection.execute(statement, values)
+                return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise ValueError(
                 f"{self._path} cannot be used as reply cache ({error}): pass another file as --cache"

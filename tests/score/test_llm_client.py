@@ -507,6 +507,18 @@ def test_a_cache_of_another_format(tmp_path):
         ResponseCache(path)
 
 
+def test_reading_leaves_no_lock_on_the_cache(tmp_path):
+    """With one, a write of another thread fails at once where another process waits to write: "database is locked"."""
+    path = tmp_path / "replies.sqlite"
+    cache = ResponseCache(path)
+    for key in "ab":
+        cache.put(key, LLMResponse("x", True, 3), model="m", request={})
+    read = cache._execute("SELECT key FROM responses")
+    with sqlite3.connect(path, timeout=0) as other:
+        other.execute("BEGIN EXCLUSIVE")
+    assert sorted(read) == [("a",), ("b",)]
+
+
 def test_a_file_that_is_not_a_cache(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no database, and longer than a header of one hundred bytes " * 4)
