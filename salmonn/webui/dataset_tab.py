@@ -137,13 +137,18 @@ class DatasetTab:
         view: set[Any] = {self.search, self.show, self.page}
         outputs = [self.grid, self.status, self.page, self.previous, self.next]
         options: dict[str, Any] = GENERATE | {"trigger_mode": "always_last"}
-        for event in (self.search.change, self.show.change):
-            event(self.first_page, view, outputs, **options)
+        changes = [event(self.first_page, view, outputs, **options) for event in (self.search.change, self.show.change)]
         self.tab.select(self.first_page, view, outputs, **GENERATE)
         self.previous.click(self.previous_page, view, outputs, **GENERATE)
         self.next.click(self.next_page, view, outputs, **GENERATE)
+        # A search that is still running would replace the message of an edit, and its rows by older ones.
         self.command_button.click(
-            self.obey, view | {self.keep, self.command, self.rater}, outputs, js=WITH_COMMAND, **GENERATE
+            self.obey,
+            view | {self.keep, self.command, self.rater},
+            outputs,
+            js=WITH_COMMAND,
+            cancels=changes,
+            **GENERATE,
         )
         words: set[Any] = {self.find, self.replacement, self.match_case, self.whole_words}
         replaced = [self.changes, self.replace, self.edits]
@@ -151,7 +156,7 @@ class DatasetTab:
         for changed in (self.find.change, self.replacement.change, self.match_case.change, self.whole_words.change):
             changed(lambda: ("", gr.update(interactive=False), None), None, replaced, **GENERATE)
         inputs: set[Any] = view | {self.edits, self.keep, self.rater}
-        self.replace.click(self.replace_all, inputs, [*outputs, *replaced], js=WITH_RATER, **GENERATE)
+        self.replace.click(self.replace_all, inputs, [*outputs, *replaced], js=WITH_RATER, cancels=changes, **GENERATE)
         self.export.click(self.write_subtitles, self.formats, self.exported, **GENERATE)
 
     def first_page(self, values: Mapping[Any, Any]) -> Iterator[Update]:

@@ -247,6 +247,20 @@ def test_pictures_have_reasons_without_folders(dataset, clips):
     assert dataset.pictures(rows[:1], only_known=True) == pictures[:1]
 
 
+def test_a_running_search_is_cancelled_by_an_edit(dataset):
+    """Its result is older than the edit, and would replace the message that the edit is saved."""
+    with gr.Blocks() as blocks, gr.Tab("Dataset") as tab:
+        made = DatasetTab(dataset, tab)
+    events = blocks.get_config_file()["dependencies"]
+
+    def of(component, name):
+        return [one for one in events if (component._id, name) in map(tuple, one["targets"])]
+
+    searches = {one["id"] for component in (made.search, made.show) for one in of(component, "change")}
+    for button in (made.command_button, made.replace):
+        assert len(searches) == 2 and {one for click in of(button, "click") for one in click["cancels"]} == searches
+
+
 def open_tab(visitor):
     """Open the tab, and wait for its rows and pictures."""
     visitor.page.get_by_role("tab", name="Dataset").click()
@@ -274,7 +288,11 @@ def test_review_in_the_browser(visit, demo, clips):
     # an edit that is not saved survives an update of the grid
     cards.get_by_role("button", name="Edit").click()
     cards.locator("textarea").fill("A dog barks and howls.")
-    page.get_by_label("Search").fill("dog barks")
+    for search, shown in {"": "of 31 rows", "barks": "1\N{EN DASH}1 of 1 row"}.items():
+        page.get_by_label("Search").fill(search)
+        counts.get_by_text(shown).wait_for()
+        cards.locator("textarea").wait_for()
+        assert cards.locator("textarea").input_value() == "A dog barks and howls."
     cards.get_by_role("button", name="Save").click()
     page.locator("#dataset-status .verdict").get_by_text("Saved.").wait_for()
     cards.locator(".text").get_by_text("A dog barks and howls.").wait_for()
