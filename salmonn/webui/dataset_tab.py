@@ -137,7 +137,9 @@ class DatasetTab:
         view: set[Any] = {self.search, self.show, self.page}
         outputs = [self.grid, self.status, self.page, self.previous, self.next]
         options: dict[str, Any] = GENERATE | {"trigger_mode": "always_last"}
-        changes = [event(self.first_page, view, outputs, **options) for event in (self.search.change, self.show.change)]
+        changes: list[dict[str, Any]] = [
+            event(self.first_page, view, outputs, **options) for event in (self.search.change, self.show.change)
+        ]
         self.tab.select(self.first_page, view, outputs, **GENERATE)
         self.previous.click(self.previous_page, view, outputs, **GENERATE)
         self.next.click(self.next_page, view, outputs, **GENERATE)
