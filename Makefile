@@ -6,7 +6,7 @@
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
 # make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
-# make lab-rewards   what is claimed of reward models, on 3 seeds beside controls; update docs/lab.md: an estimated 90 minutes
+# make lab-rewards   what is claimed of reward models, on 3 seeds next to controls; update docs/lab.md: an estimated 90 minutes
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
 # make gpu-check     check and measure the GPU path at 7B shapes, on one GPU with 80 GiB or more (not run yet)
 # make image         build the Docker image for CPUs where Docker is installed (make image-cuda: for NVIDIA GPUs)

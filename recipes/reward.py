@@ -62,7 +62,7 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
         root: folder that the paths of the videos start from; by default that of the preferences.
         references: JSONL of the references that the captions were judged against, for kind "objectives".
         min_gap: of judged captions: smallest difference in Total + repetition_weight * repetition of a comparison.
-        repetition_weight: of judged captions: weight of repetition beside Total.
+        repetition_weight: of judged captions: weight of repetition relative to Total.
         prototypes: of an ideal-point model: number of prototypes, or auto to choose it by cross-validation.
         raters: of an ideal-point model: form, sizes and optimization.
     """
@@ -197,7 +197,7 @@ def read_judged(config: RewardRecipeConfig) -> tuple[list[Caption], Sequence[Sco
 
 
 def with_prompt(group: AnswerGroup, captioner: Captioner) -> AnswerGroup:
-    """Return the group with the default prompt in place of an empty one."""
+    """Return the group with the default prompt instead of an empty one."""
     one = group.example
     return group if one.prompt else replace(group, example=replace(one, prompt=captioner.default_prompt(one.modality)))
 

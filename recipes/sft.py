@@ -115,7 +115,7 @@ class SftConfig(RunConfig):
         if self.references and self.heldout_clips and not self.heldout_references:
             raise ValueError(
                 "references are given without heldout_references, so the model would be evaluated on synthetic clips; "
-                "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
+                "move the lines of some videos (about a tenth) to a separate file, and pass it as "
                 "--heldout-references, or pass --heldout-clips 0 to evaluate nothing"
             )
 

@@ -423,7 +423,7 @@ class Comparison:
         chosen_finished, rejected_finished: False for an answer that was cut off at the token limit.
         history: earlier turns of the conversation, (prompt, answer) each.
         modality: what of the video the answers are about.
-        audio: path of the audio track where it is a file of its own.
+        audio: path of the audio track where it is a separate file.
         start_seconds, end_seconds: the part of the video that the answers are about; None for an open end.
         rater: id of the person who compared them, as in a vote; "" if unknown, or if it was no person.
         chosen_marks, rejected_marks: marks on clauses of the answers.
@@ -473,7 +473,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a hidden name beside `path` for this process, short even if the name of `path` has the maximum length."""
+    """Return a hidden name next to `path` for this process, short even if the name of `path` has the maximum length."""
     return path.with_name(f".{blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}.{os.getpid()}.tmp")
 
 

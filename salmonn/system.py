@@ -38,7 +38,7 @@ _LOCKED = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _LOCKED_BYTE = 0x7FFFFFF0
 _WAIT_SECONDS = 0.05  # between two attempts where the system cannot wait for a lock
 _FOLDER_LOCK_NAME = ".lock"
-O_BINARY: int = getattr(os, "O_BINARY", 0)  # for os.open: Windows would write line ends of its own
+O_BINARY: int = getattr(os, "O_BINARY", 0)  # for os.open: Windows would write its own line ends
 
 
 def try_lock(handle: int, *, shared: bool = False) -> bool:

@@ -179,7 +179,7 @@ def test_a_list_for_a_trainer_replaces_only_what_export_wrote(call, tmp_path, mo
     args = ("export", "captions.jsonl", "--preset", "ltx2", "--to")
     for name in ("captions.jsonl", "captions.failed.jsonl", "captions.fused.jsonl", tmp_path / "captions.job.json"):
         code, _, err = call(*args, name)
-        assert code == 2 and "is one of the captions files themselves, or of those beside them" in err
+        assert code == 2 and "is one of the captions files, or of the files next to them" in err
     code, _, err = call(*args, "dataset.json", "--subtitle-dir", "subs")
     assert code == 2 and "--subtitle-dir is for subtitles" in err
     assert {path: path.read_bytes() for path in Path().iterdir()} == before

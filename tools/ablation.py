@@ -3,7 +3,7 @@
     python tools/ablation.py --seeds 2 3 4
     python tools/ablation.py --variants mrdpo --config recipes/configs/mrdpo.yaml --clips-seed 100 --out run/proof
 
-Each run is one of recipes/mrdpo.py with a folder of its own, `OUT/seed_K/VARIANT/`. Results that the variants of a seed
+Each run is one of recipes/mrdpo.py with its own folder, `OUT/seed_K/VARIANT/`. Results that the variants of a seed
 share are computed once, by the seed's mrDPO run, and copied into the other folders before those runs start. Finished
 runs are skipped: run the same command again to resume. Other flags are passed on to the recipe. docs/ablation.md
 describes the comparison and how to read it.

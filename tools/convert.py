@@ -35,7 +35,7 @@ from salmonn.records import atomic_folder, write_json
 USAGE_ERROR = 2
 PICKLES = (".bin", ".pt", ".pth")
 PICKLE_NAMES = {"model": "pytorch_model", "adapter_model": "adapter_model"}  # by the name of the converted file
-# Pickles that training leaves beside the weights.
+# Pickles that training leaves next to the weights.
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 SHARD_NAME = re.compile(r"-\d+-of-\d+$")
 WRAPPERS = ("model", "state_dict", "module")
@@ -290,7 +290,7 @@ def find_shared(tensors: dict[str, Tensor]) -> list[list[str]]:
 def write_weights(tensors: dict[str, Tensor], folder: Path, *, name: str, max_bytes: int) -> None:
     """Write tensors to one file, or to shards of at most `max_bytes` and their index.
 
-    Each tensor is written contiguously and in memory of its own, as safetensors requires.
+    Each tensor is written contiguously and in its own memory, as safetensors requires.
     """
     # Planned with tensors without memory: those that share memory would have to go into the same shard.
     sizes = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
@@ -311,7 +311,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, *, name: str, max_by
 def copy_small_files(source: Path, folder: Path) -> set[str]:
     """Copy config, tokenizer, licenses and similar files, except indices of pickled shards; return their names.
 
-    The files beside a single source file are copied only if they belong to a model.
+    The files next to a single source file are copied only if they belong to a model.
     """
     parent = source if source.is_dir() else source.parent
     configs = [parent / "config.json", parent / "adapter_config.json"]

@@ -110,7 +110,7 @@ def _positive(text: str) -> int:
 def _parse(arguments: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(description="Write votes of simulated raters, as the web UI writes those of people.")
     parser.add_argument("captions", type=Path, help="JSONL of captions, several of each clip")
-    parser.add_argument("--references", type=Path, required=True, help="JSONL of the synthetic clips, beside videos/")
+    parser.add_argument("--references", type=Path, required=True, help="JSONL of the synthetic clips, next to videos/")
     parser.add_argument("--out", type=Path, required=True, help="new folder for feedback.jsonl and videos/")
     parser.add_argument("--raters", type=_positive, default=40, help="number of raters")
     parser.add_argument("--votes", type=_positive, default=50, help="number of votes of each")

@@ -40,7 +40,7 @@ SIZES = {
     "rebirth.fit.checkpoint_every": 2, "early_stopping.min_margin": "null", "early_stopping.max_worsening": 1,
 }  # fmt: skip
 # These differ between equal runs: times and memory in steps.jsonl, the date in scores.jsonl, TensorBoard's event files
-# (one for each start, with times), and the model card that PEFT writes beside an adapter.
+# (one for each start, with times), and the model card that PEFT writes next to an adapter.
 TIMED = ("seconds", "wait_seconds", "tokens_per_second", "memory_gib", "date")
 NOT_COMPARED = ("events.out.tfevents.", "README.md", "log_")
 KILL_COLUMNS = ("target", "seconds", "stage", "steps", "temporary", "resumed with", "messages")
@@ -156,7 +156,7 @@ class Trial:
         self.starts = 0
 
     def start(self) -> subprocess.Popen:
-        """Start the command, with a log of its own."""
+        """Start the command, with its own log."""
         self.starts += 1
         with self.log_path.open("w") as log:
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -229,7 +229,7 @@ class Trial:
 
 
 def kill_family(process: subprocess.Popen) -> None:
-    """Send SIGKILL to a launcher and all its descendants, which have sessions of their own."""
+    """Send SIGKILL to a launcher and all its descendants, which have their own sessions."""
     if process.poll() is not None:
         return
     head = psutil.Process(process.pid)

@@ -279,7 +279,7 @@ def _is_apart(action: SceneEvent, sound: SceneEvent) -> bool:
 
 
 def _join(outline: Outline, rng: random.Random, *, action: int, sound: int, place: int) -> list[CaptionClause]:
-    """Return clauses with one that joins an action and a sound, in place of the two."""
+    """Return clauses with one that joins an action and a sound, instead of the two."""
     events = {"action": outline.mentioned[action], "sound": outline.mentioned[sound]}
     form = rng.choice(SIMULTANEOUS)
     clauses = outline.clauses

@@ -160,9 +160,9 @@ def export_table(captions: LatestCaptions, out: Path) -> None:
 
 
 def require_no_run_file(out: Path, runs: Iterable[LedgerFiles]) -> None:
-    """Raise a ValueError if a file to be written is one of the captions files of a run, or lies beside one."""
+    """Raise a ValueError if a file to be written is one of the captions files of a run, or lies next to one."""
     if any(files.owns(out) for files in runs):
-        raise ValueError(f"{out} is one of the captions files themselves, or of those beside them; choose another name")
+        raise ValueError(f"{out} is one of the captions files, or of the files next to them; choose another name")
 
 
 def export_subtitles(captions: LatestCaptions, subtitles: SubtitleWriter) -> tuple[int, list[Failure]]:

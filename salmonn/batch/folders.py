@@ -37,7 +37,7 @@ Write = Callable[[LatestCaptions, Path, Fetcher], list[Failure]]
 
 
 def export_folder(captions: LatestCaptions, out: Path, *, fetch: FetchConfig | None = None) -> list[Failure]:
-    """Write captions to a folder of shards, in place of one that this function wrote before.
+    """Write captions to a folder of shards, replacing one that this function wrote before.
 
     Args:
         captions: captions to write.

@@ -43,7 +43,7 @@ class JobConfig:
     Args:
         request: template of each video's request. Its path is replaced, and a number derived from the path is added to
             the seed, so that samples do not depend on the order of videos.
-        max_new_tokens: token limit of a caption, in place of the one in the request; None: the model's default.
+        max_new_tokens: token limit of a caption, instead of the one in the request; None: the model's default.
         segments: see `Captioner.caption_batches`.
         batch_size: clips per batch; None: the model's default.
         shape: shape of the captions; None for the answers as they are.

@@ -143,7 +143,7 @@ class LedgerFiles:
         return found
 
     def owns(self, path: Path) -> bool:
-        """Return whether a path is that of an existing captions file of this run, or of a file beside one."""
+        """Return whether a path is that of an existing captions file of this run, or of a file next to one."""
         if path.absolute().parent.resolve() == self.out.absolute().parent.resolve():
             suffixes = "|".join(map(re.escape, SIDE_SUFFIXES))
             if re.fullmatch(rf"{re.escape(self.out.stem)}(-\d+-of-\d+)?({suffixes})", path.name):

@@ -100,7 +100,7 @@ def without_secrets(url: str) -> str:
     """Return a URL as it is recorded: without user, password, and the parameters of signatures and access tokens.
 
     So a newly signed URL names the same video. Where an HTTP URL does not end in the name of a video, an access token
-    may be all that tells two videos apart, and its hash remains. Paths that are not URLs stay as they are.
+    may be all that distinguishes two videos, and its hash remains. Paths that are not URLs stay as they are.
     """
     if not is_url(url):
         return url

@@ -37,7 +37,7 @@ class ShotBounds:
 
 
 class ShotLog:
-    """A `BoundsStore` beside the captions of a run.
+    """A `BoundsStore` next to the captions of a run.
 
     Args:
         files: names of the run's files. The logs of all shards are read, and this shard's is appended to.

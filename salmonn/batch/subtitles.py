@@ -1,4 +1,4 @@
-"""Write `.txt`, `.srt`, `.vtt` and `.json` files beside each video, for players and editors.
+"""Write `.txt`, `.srt`, `.vtt` and `.json` files next to each video, for players and editors.
 
 `film.mp4` gets `film.srt`. If two files of a folder share a stem, the first by name (video before audio) gets that, and
 each other one keeps its suffix: `film.mov.srt`. Captions of several named prompts go to a file each: `film.short.srt`.
@@ -124,7 +124,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
     Args:
         formats: formats to write.
         log, logs, replace: see `WrittenFiles`.
-        folder: folder that the files go to, under the paths of the videos; None: beside the videos.
+        folder: folder that the files go to, under the paths of the videos; None: next to the videos.
         limits: limits for reading a video's duration, which is needed if a caption has no end time.
     """
 
@@ -210,7 +210,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
     def _write(self, path: Path, text: str, caption: Caption) -> None:
         """Write one file; raises OSError, and ClipError if there is a file that is not ours, or the video is remote."""
         if self._folder is None and (is_url(caption.video) or split_member(caption.video)):
-            raise ClipError(f"{caption.video}: subtitles are not written beside this video; choose a --subtitle-dir")
+            raise ClipError(f"{caption.video}: subtitles are not written next to this video; choose a --subtitle-dir")
         remedy = "--subtitle-dir to choose another folder"
         self._written.require_own(path, caption.video, content=text.encode(), remedy=remedy)
         if self._folder is not None:  # a video's own folder exists, or is gone with the video

@@ -74,7 +74,7 @@ def _to_jpeg(clip: Clip) -> bytes:
 
 
 def describe_missing(error: ClipError, path: Path) -> str:
-    """Return why a clip has no thumbnail, without its path, which the page shows beside the thumbnail."""
+    """Return why a clip has no thumbnail, without its path, which the page shows next to the thumbnail."""
     reason = str(error).replace(f"{path}: ", "").replace(str(path), path.name)
     return "sound only" if reason.startswith("has no video;") else reason
 

@@ -1,7 +1,7 @@
 """Transcripts of videos: their record, where captioning finds them, and how they become events of references.
 
-`salmonn transcribe` writes one `Transcript` per video to a JSONL file, and on request files beside the videos. As
-context of captions, speech is also read from subtitles of any origin beside a video: film.json, film.vtt or film.srt.
+`salmonn transcribe` writes one `Transcript` per video to a JSONL file, and on request files next to the videos. As
+context of captions, speech is also read from subtitles of any origin next to a video: film.json, film.vtt or film.srt.
 """
 
 import html
@@ -53,10 +53,10 @@ class Transcript(Caption):
 
 
 class SpeechContext:
-    """Speech as context of captions: from transcripts, or from files beside the videos.
+    """Speech as context of captions: from transcripts, or from files next to the videos.
 
     Args:
-        files: transcripts; None for files beside the videos.
+        files: transcripts; None for files next to the videos.
         captions: subtitle files that are captions and not speech, by `subtitle_key`.
     """
 
@@ -71,7 +71,7 @@ class SpeechContext:
                 speech = read_speech_beside(video.path, captions=self._captions)
             except (OSError, ValueError) as error:
                 return None, f"{NO_TRANSCRIPT}: {error}"
-            return speech, "" if speech is not None else f"{NO_TRANSCRIPT} beside the video"
+            return speech, "" if speech is not None else f"{NO_TRANSCRIPT} next to the video"
         transcript = self._files.get(video.path)
         if transcript is None:
             return None, f"{NO_TRANSCRIPT} of the video"
@@ -127,7 +127,7 @@ def subtitle_key(path: str, size_bytes: int, modified_ns: int) -> bytes:
 
 
 def read_speech_beside(video: str, *, captions: HashSet | None = None) -> tuple[SpeechEvent, ...] | None:
-    """Read the speech of a video from a file beside it; None if there is none.
+    """Read the speech of a video from a file next to it; None if there is none.
 
     For film.mp4 that is film.mp4.json or film.json, if it is a transcript, else the same names with .vtt or .srt.
 
@@ -152,7 +152,7 @@ def read_speech_beside(video: str, *, captions: HashSet | None = None) -> tuple[
                 if found is not None:
                     return found
     if passed_over is not None:
-        raise ValueError(f"{passed_over} beside the video has captions that salmonn wrote; transcribe the video")
+        raise ValueError(f"{passed_over} next to the video has captions that salmonn wrote; transcribe the video")
     return None
 
 

@@ -225,7 +225,7 @@ class Engine:
 
         handle.cache_key = self._cache.key(request.path, read_spec)
         try:
-            # Not under our lock: the reader has a lock of its own, and calls back when another engine closes it.
+            # Not under our lock: the reader has its own lock, and calls back when another engine closes it.
             handle.reading = self._read(request.path, read_spec, prompt, cached=self._cache.get(handle.cache_key))
         except RuntimeError as error:  # the reader was closed in the meantime
             with self._changed:

@@ -63,7 +63,7 @@ def clip_fields(names: Collection[str], path: Path, *, seconds: float, is_local:
         ValueError: the sidecar file is missing, empty or not text, or the clip is not local and cannot have one.
     """
     if "sidecar" in names and not is_local:
-        raise ValueError("{sidecar} is a text file beside a local video; download the video, or leave out {sidecar}")
+        raise ValueError("{sidecar} is a text file next to a local video; download the video, or leave out {sidecar}")
     values = {"name": path.stem, "folder": path.absolute().parent.name, "duration": f"{round(seconds, 1):g}"}
     if "sidecar" in names:
         values["sidecar"] = read_sidecar(path)
@@ -71,13 +71,13 @@ def clip_fields(names: Collection[str], path: Path, *, seconds: float, is_local:
 
 
 def read_sidecar(path: Path) -> str:
-    """Return the text of the .txt file beside a clip: clip.mp4.txt if it exists, or else clip.txt."""
+    """Return the text of the .txt file next to a clip: clip.mp4.txt if it exists, or else clip.txt."""
     named = path.with_name(path.name + SIDECAR_SUFFIX)
     sidecar = named if named.is_file() else path.with_suffix(SIDECAR_SUFFIX)
     try:
         text = sidecar.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError as error:
-        raise ValueError(f"{{sidecar}} needs {sidecar.name} beside the clip, and there is none") from error
+        raise ValueError(f"{{sidecar}} needs {sidecar.name} next to the clip, and there is none") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{sidecar} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:

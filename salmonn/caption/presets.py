@@ -68,7 +68,7 @@ class Preset(CaptionSettings):
         description: trainer and format, in one line.
         documented: what the trainer's documentation says, by its address.
         modality: what the model is given.
-        export: formats of the files beside each video.
+        export: formats of the files next to each video.
         dataset: file that lists all videos, if the trainer reads one.
     """
 

@@ -24,7 +24,7 @@ from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, Layout, Mod
 from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
-SYNTHETIC_CONFIG = "synth.json"  # beside the folder of synthetic clips
+SYNTHETIC_CONFIG = "synth.json"  # next to the folder of synthetic clips
 MAX_PROMPT_CHARS = 20_000  # some thousand tokens, next to a clip's tens of thousands
 MAX_CONVERSATION_CHARS = 200_000  # with all earlier messages
 

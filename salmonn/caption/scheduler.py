@@ -46,7 +46,7 @@ class ScheduledSequence:
 
     Attributes:
         num_generated: tokens so far.
-        must_run_alone: whether it did not fit into memory beside others.
+        must_run_alone: whether it did not fit into memory together with others.
         prefill: identifies the prefill that it was part of.
     """
 
@@ -166,7 +166,7 @@ class Scheduler(Generic[S]):
         return admitted
 
     def _fits(self, sequences: Sequence[S]) -> bool:
-        """Return whether the KV cache has room for sequences beside those that are running."""
+        """Return whether the KV cache has room for sequences in addition to those that are running."""
         if self.limits.num_tokens is None:
             return True
         together = [*self.running.values(), *sequences]

@@ -427,7 +427,7 @@ def _next_in_thread(items: Iterator[Item]) -> "Future[Item | None]":
 
 
 def _adds_to_prompt(request: CaptionRequest, shape: Shape | None) -> bool:
-    """Return whether something is added to a request's prompt, or to that of a shape without a prompt of its own."""
+    """Return whether something is added to a request's prompt, or to that of a shape without its own prompt."""
     if shape is None:
         return request.speech is not None
     return any(

@@ -42,7 +42,7 @@ class AdapterLoader:
         self._root = client.address.removesuffix("/v1")
 
     def load(self, name: str, folder: Path, *, rank: int) -> str:
-        """Load an adapter in place of an earlier one of that name, and return the name of the model with it.
+        """Load an adapter, replacing an earlier one of that name, and return the name of the model with it.
 
         Args:
             name: name of the adapter.

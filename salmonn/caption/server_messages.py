@@ -67,7 +67,7 @@ def encode_clip(
         clip: the clip; of a video that is sent as a file, only the audio is used.
         server_input: what to send.
         frame_format: format of frames.
-        is_file_only: whether the server takes audio files in place of a video.
+        is_file_only: whether the server takes audio files instead of a video.
 
     Raises:
         ClipError: the file is too large to be sent as a whole.
@@ -127,7 +127,7 @@ def to_messages(request: CaptionRequest, clip: EncodedClip, *, default_prompt: s
     Args:
         request: the request.
         clip: its clip.
-        default_prompt: text in place of empty prompts; "" leaves them out, for a server that has its own.
+        default_prompt: text instead of empty prompts; "" leaves them out, for a server that has its own.
     """
     messages: list[ChatMessage] = [] if request.system is None else [_message("system", [], request.system)]
     prompts = [*(prompt for prompt, _ in request.history), request.prompt]

@@ -184,10 +184,10 @@ def _open_dataset(values: Namespace, files: "LedgerFiles") -> "DatasetWriter | N
 
 
 def subtitle_writer(values: Namespace, files: "LedgerFiles", limits: "WorkerLimits") -> "SubtitleWriter | None":
-    """Return what writes the files that --export asks for beside the videos."""
+    """Return what writes the files that --export asks for next to the videos."""
     from salmonn.batch.subtitles import SUBTITLE_FORMATS
 
-    # A text file beside a video has its fused caption, which is written later.
+    # A text file next to a video has its fused caption, which is written later.
     later = ["txt"] if values.get("fuse") else []
     formats = [name for name in SUBTITLE_FORMATS if name in values.export and name not in later]
     return _open_subtitles(values, files, limits, formats) if formats else None
@@ -220,7 +220,7 @@ def _open_subtitles(
 
 
 def write_tables(values: Namespace, files: "LedgerFiles") -> None:
-    """Write the tables that --export asks for beside --out."""
+    """Write the tables that --export asks for next to --out."""
     from salmonn.batch.export import TABLES, LatestCaptions, export_table
 
     if tables := [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]:

@@ -33,7 +33,7 @@ JOB_SETTINGS = (
 )  # fmt: skip
 STDOUT = "-"
 VIDEO_COLUMN = "video"  # of Parquet files
-TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
+TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file next to it
 SAMPLING_FLAGS = ("temperature", "top_p", "repetition_penalty")
 
 
@@ -108,13 +108,13 @@ def _add_segment_options(group: Any) -> None:
 
 def _add_output_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Output")
-    outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl beside it; -: stdout"
+    outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl next to it; -: stdout"
     outs += "; a URL (s3://, gs://, hf://): uploaded at intervals and at the end"
     group.add_argument("--out", type=out_path, required=True, help=outs)
     group.add_argument("--upload_seconds", type=float, default=600.0, help="time between uploads, if --out is a URL")
-    exports = "csv, parquet: a table beside --out, written at the end; "
+    exports = "csv, parquet: a table next to --out, written at the end; "
     exports += "datasets, webdataset: a folder of shards, of captions alone or with their videos, written at the end; "
-    exports += "txt, srt, vtt: a file beside each video, written with its caption"
+    exports += "txt, srt, vtt: a file next to each video, written with its caption"
     group.add_argument("--export", nargs="+", type=ExportFormat, default=[], help=exports)
     add_subtitle_options(group)
     group.add_argument(
@@ -191,7 +191,7 @@ def check_options(values: Namespace) -> None:
 
 
 def _check_remote(values: Namespace) -> None:
-    """Refuse files beside the videos, where those are remote or in archives."""
+    """Refuse files next to the videos, where those are remote or in archives."""
     from salmonn.batch.containers import holds_videos
     from salmonn.batch.remote import is_url
 
@@ -204,9 +204,9 @@ def _check_remote(values: Namespace) -> None:
             f"the dataset {values.dataset_layout.file} lists local files, and {what}; download or unpack the videos"
         )
     if {"txt", "srt", "vtt"} & set(values.export) and values.subtitle_dir is None:
-        raise ValueError(f"subtitles are written beside local videos only, and {what}; choose a --subtitle-dir")
+        raise ValueError(f"subtitles are written next to local videos only, and {what}; choose a --subtitle-dir")
     if values.shape is not None and "sidecar" in values.shape.fields:
-        raise ValueError(f"{{sidecar}} is a text file beside a local video, and {what}; leave out {{sidecar}}")
+        raise ValueError(f"{{sidecar}} is a text file next to a local video, and {what}; leave out {{sidecar}}")
 
 
 def column_setting(values: Namespace) -> dict[str, str]:
@@ -255,7 +255,7 @@ def _resolve_events(values: Namespace) -> None:
     if values.format != "events":
         return
     if values.shape is not None:
-        raise ValueError("--format events has a form of its own; use it without flags for words, templates or prompts")
+        raise ValueError("--format events has its own form; use it without flags for words, templates or prompts")
     if values.server is None and find_spec("llguidance") is None:
         raise ValueError("--format events needs llguidance: pip install 'salmonn[json]'")
     values.shape = events_shape()

@@ -60,7 +60,7 @@ def remote_output(values: Namespace, shard: "Shard") -> Iterator[None]:
 
 
 def write_folders(values: Namespace, files: "LedgerFiles") -> int:
-    """Write the folders of shards that --export asks for beside --out; return the number of videos left out."""
+    """Write the folders of shards that --export asks for next to --out; return the number of videos left out."""
     from salmonn.batch.export import LatestCaptions
     from salmonn.batch.folders import FOLDERS, export_folder
     from salmonn.cli.caption_options import fetch_config

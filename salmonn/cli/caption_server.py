@@ -1,4 +1,4 @@
-"""Options of `salmonn caption` for captioning through a server in place of a local model."""
+"""Options of `salmonn caption` for captioning through a server instead of a local model."""
 
 import sys
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def server_options(values: Namespace) -> ServerOptions:
     """Return the server that the flags describe.
 
     Raises:
-        ValueError: a value is invalid, has no effect beside the others, or is missing.
+        ValueError: a value is invalid, has no effect with the others, or is missing.
     """
     options = ServerOptions(**{name: values[name] for name in _OPTIONS})
     if options.server is None:
@@ -91,7 +91,7 @@ def report_spending(values: Namespace) -> None:
 
 
 def require_one_process(values: Namespace) -> None:
-    """Raise a ValueError where each process would spend a budget of its own."""
+    """Raise a ValueError where each process would spend its own budget."""
     from salmonn import dist
 
     if dist.world_size() > 1 and (given := [name for name in SPEND_CAPS if values[name] is not None]):

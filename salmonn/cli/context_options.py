@@ -1,4 +1,4 @@
-"""Options of `salmonn caption` for what the model is given beside the clip: the transcript of its speech."""
+"""Options of `salmonn caption` for what the model is given in addition to the clip: the transcript of its speech."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -16,11 +16,11 @@ TRANSCRIPTS_JOB = "transcripts_job"
 
 
 def add_context_options(parser: FlagParser) -> None:
-    """Add what is given to the model beside the clip."""
+    """Add what is given to the model in addition to the clip."""
     group = parser.add_argument_group("Context")
     contexts = "transcript: add the speech of the video, or of its part, to the prompt"
     group.add_argument("--context", type=Literal["transcript"] | None, default=None, help=contexts)
-    files = "JSONL files of `salmonn transcribe` (default: film.json, film.vtt or film.srt beside film.mp4)"
+    files = "JSONL files of `salmonn transcribe` (default: film.json, film.vtt or film.srt next to film.mp4)"
     group.add_argument("--transcripts", nargs="+", type=str, default=[], help=files)
 
 
@@ -37,14 +37,14 @@ def speech_context(values: Namespace) -> "SpeechContext | None":
         return SpeechContext(TranscriptFiles([Path(path) for path in values.transcripts]))
     if {"srt", "vtt"} & set(values.export) and values.subtitle_dir is None:
         raise ValueError(
-            "--export srt or vtt would write captions beside the videos, where --context transcript takes subtitles "
+            "--export srt or vtt would write captions next to the videos, where --context transcript takes subtitles "
             "for speech; name --transcripts, or another folder with --subtitle-dir"
         )
     return SpeechContext(captions=written_captions(values.out.parent))
 
 
 def fingerprint_transcripts(values: Namespace) -> dict[str, str]:
-    """Identify how the transcripts were made by the settings beside them; more of the same kind may be added."""
+    """Identify how the transcripts were made by the settings next to them; more of the same kind may be added."""
     from salmonn.batch.ledger_files import LedgerFiles
 
     state = blake2b(digest_size=16)

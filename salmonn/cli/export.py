@@ -14,7 +14,7 @@ from salmonn.config import FlagParser
 def export_parser() -> FlagParser:
     """Return the arguments of `salmonn export`."""
     parser = FlagParser(
-        description="Export captions to a table, or to subtitle files beside the videos. If a video was captioned "
+        description="Export captions to a table, or to subtitle files next to the videos. If a video was captioned "
         "several times, its latest captions count; files are read in the order in which they were written. With "
         "--rows, export preferences instead (docs/reward.md)."
     )
@@ -26,7 +26,7 @@ def export_parser() -> FlagParser:
     )
     parser.add_argument(
         "--to", nargs="+", type=str, required=True, help="file names that end in .csv (in a spreadsheet, import as "
-        "text), .parquet or .jsonl; or txt, srt, vtt, json for files beside the videos"
+        "text), .parquet or .jsonl; or txt, srt, vtt, json for files next to the videos"
     )  # fmt: skip
     preset_help = (
         "list videos and captions in the columns of this preset (see salmonn caption --preset list), in a file "
@@ -112,7 +112,7 @@ def _check_subtitle_options(values: Namespace) -> None:
             if not values.preset
             else "--subtitle-dir is for subtitles; with --preset, --to names the folder and the file"
         )
-    # A file of --preset beside the videos is replaced as subtitles are.
+    # A file of --preset next to the videos is replaced as subtitles are.
     if values.replace_subtitles and not (has_subtitles or values.preset):
         raise ValueError(
             f"--replace-subtitles is for subtitles, which --to {' '.join(values.to)} does not write; other files are "
@@ -159,7 +159,7 @@ def _export_rows(values: Namespace) -> int:
 
 
 def _require_captions(named: list[Path]) -> list[Path]:
-    """Return the captions files; `captions*.jsonl` also matches the files beside them."""
+    """Return the captions files; `captions*.jsonl` also matches the files next to them."""
     from salmonn.batch.ledger_files import captions_among
 
     for path in named:

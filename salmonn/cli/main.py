@@ -129,7 +129,7 @@ Command = tuple[Callable[[], FlagParser], Callable[[Namespace], int], str]
 
 COMMANDS: dict[str, Command] = {
     "caption": (caption_parser, run_caption, "caption videos, or ask a question about each"),
-    "export": (export_parser, run_export, "export captions to a table, or to subtitles beside the videos"),
+    "export": (export_parser, run_export, "export captions to a table, or to subtitles next to the videos"),
     "transcribe": (transcribe_parser, run_transcribe, "transcribe the speech of videos, with the time of each word"),
     "report": (report_parser, run_report, "write an HTML page to look through captions, with pictures"),
     "score": (score_parser, run_score, "score captions against reference events"),

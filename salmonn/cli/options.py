@@ -145,7 +145,7 @@ def add_batch_size(parser: Any) -> None:
 def add_subtitle_options(parser: Any) -> None:
     """Add the folder of subtitle files, and whether they may overwrite existing ones, to a parser or group."""
     parser.add_argument(
-        "--subtitle_dir", type=Path | None, default=None, help="folder for txt, srt and vtt files (default: beside "
+        "--subtitle_dir", type=Path | None, default=None, help="folder for txt, srt and vtt files (default: next to "
         "each video)"
     )  # fmt: skip
     parser.add_argument("--replace_subtitles", action="store_true", help="overwrite existing subtitle files, too")

@@ -25,7 +25,7 @@ RATED_AT_ONCE = 64  # items; a language model judges their answers concurrently
 def benchmark_parser() -> FlagParser:
     """Return the arguments of `salmonn reward-benchmark`."""
     parser = FlagParser(
-        description="Measure how often a judge or a reward model prefers the correct answer, by scenario, beside "
+        description="Measure how often a judge or a reward model prefers the correct answer, by scenario, next to "
         "controls that see no clip. data/reward_pairs.jsonl is such a set; the files of RewardBench, RewardBench 2 and "
         "RAG-RewardBench are read, too. docs/reward_benchmark.md explains the table."
     )

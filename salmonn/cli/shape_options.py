@@ -53,7 +53,7 @@ def add_shape_options(parser: FlagParser) -> None:
         "Shape of the captions",
         f"Presets for trainers of video generators: {', '.join(preset_names())}; --preset list describes them. "
         "Prompts, templates, prefix and suffix may have the fields {name}, {folder}, {duration} (seconds) and "
-        "{sidecar} (the text of the .txt file beside the clip).",
+        "{sidecar} (the text of the .txt file next to the clip).",
     )
     presets = "name of a preset, or your own YAML file; other flags override it (list: describe all presets)"
     group.add_argument("--preset", action=_PresetAction, default=None, metavar="NAME", help=presets)
@@ -172,7 +172,7 @@ def _caption_shape(settings: "CaptionSettings", *, has_text_model: bool) -> "Cap
 
 
 def _dataset_layout(values: Namespace, preset: "Preset") -> "DatasetLayout | None":
-    """Return the layout of the dataset file, with its path in place of its name."""
+    """Return the layout of the dataset file, with its path instead of its name."""
     from salmonn.batch.dataset import DEFAULT_COLUMNS, check_layout
     from salmonn.batch.ledger_files import LedgerFiles
     from salmonn.caption.presets import DatasetLayout
@@ -190,7 +190,7 @@ def _dataset_layout(values: Namespace, preset: "Preset") -> "DatasetLayout | Non
             "a dataset has one caption for each file, and --segments makes several; add --fuse, which makes one of them"
         )
     if str(values.out) == "-":
-        raise ValueError(f"the dataset {layout.file} needs captions in a file of their own: --out captions.jsonl")
+        raise ValueError(f"the dataset {layout.file} needs captions in a separate file: --out captions.jsonl")
     tables = {".csv", ".parquet"} & {values.out.suffix, *(f".{name}" for name in values.export)}
     own = {values.out.with_suffix(suffix).resolve() for suffix in (".jsonl", *tables)}
     if Path(layout.file).resolve() in own or LedgerFiles(values.out.with_suffix(".jsonl")).owns(Path(layout.file)):
@@ -210,7 +210,7 @@ def _common_folder(values: Namespace) -> Path:
 
 
 def _check_files(values: Namespace) -> None:
-    """Raise a ValueError if the files that a run writes would change what it reads: the texts beside the clips."""
+    """Raise a ValueError if the files that a run writes would change what it reads: the texts next to the clips."""
     if values.shape is None or "sidecar" not in values.shape.fields:
         return
     if values.replace_subtitles:

@@ -60,8 +60,8 @@ def transcribe_parser() -> FlagParser:
     group.add_argument("--out", type=out_path, required=True, help="JSONL file for the transcripts")
     formats = Literal["csv", "parquet", "txt", "srt", "vtt", "json"]
     group.add_argument(
-        "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
-        "txt, srt, vtt, json: a file beside each video, written with its transcript"
+        "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table next to --out, written last; "
+        "txt, srt, vtt, json: a file next to each video, written with its transcript"
     )  # fmt: skip
     add_subtitle_options(group)
     lines = "split the output: transcripts.00001.jsonl, ..."

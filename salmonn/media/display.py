@@ -75,7 +75,7 @@ def is_untagged_hd(frame: Any) -> bool:
 
 
 def display_warning(frame: Any) -> str | None:
-    """Return a sentence on what `to_rgb` cannot display rightly, None if there is nothing."""
+    """Return a sentence on what `to_rgb` cannot display correctly, None if there is nothing."""
     # In profile 5 the frames are in a colour space of Dolby's own, which only the metadata describes, so they have no
     # tags; in the other profiles they are tagged as PQ, HLG or SDR.
     is_dolby_vision = not {"DOVI_METADATA", "DOVI_RPU_BUFFER"}.isdisjoint(data.type.name for data in _side_data(frame))

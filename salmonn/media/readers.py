@@ -52,7 +52,9 @@ def load_reader(reader: str) -> tuple[Any, str]:
         raise ValueError(f"there is no reader {reader!r}; use pyav, decord, torchcodec, decord:cuda or torchcodec:cuda")
     if package == "torchcodec" and "decord" in sys.modules:
         # decord makes the symbols of its libraries global, so that torchcodec calls some of them instead of its own.
-        raise ValueError("decord is loaded already, and torchcodec would crash beside it; use one reader in a process")
+        raise ValueError(
+            "decord is loaded already, and torchcodec crashes in the same process; use one reader per process"
+        )
     try:
         return importlib.import_module("torchcodec.decoders" if package == "torchcodec" else package), device or "cpu"
     except (ImportError, OSError, RuntimeError) as error:  # torchcodec raises a RuntimeError if it finds no FFmpeg

@@ -108,7 +108,7 @@ def find_shots(
         index = index_times(path, stack)
         if index.file.video is None:
             raise ClipError(
-                f"{path}: has no video and so no shots; caption audio files in a run of their own, with "
+                f"{path}: has no video and so no shots; caption audio files in a separate run, with "
                 "--segments SECONDS or without"
             )
         whole = max(index.video_end, index.audio_end)

@@ -94,7 +94,7 @@ def decode_frames(
         reader: decoder of the frames, see `read_clip`.
 
     Returns:
-        F images of (H, W, 3) uint8. In place of a damaged frame the one before stays on screen; None before the first
+        F images of (H, W, 3) uint8. The frame before a damaged one stays on screen; None before the first
         frame that decodes, and after the last one if many are lost there.
     """
     file, keyframes = index.file, index.keyframes

@@ -67,7 +67,7 @@ def _truncate(a: Tensor, b: Tensor, *, rank: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
-    """Write a PEFT folder in place of an earlier one."""
+    """Write a PEFT folder, replacing an earlier one."""
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as unfinished:
         save_file(dict(tensors), str(unfinished / ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
@@ -130,7 +130,7 @@ class MergedAdapter:
 
     @torch.no_grad()
     def use(self, adapter: Adapter | None) -> None:
-        """Merge an adapter in place of the current one; each sum is computed in float32 and rounded once.
+        """Merge an adapter, replacing the current one; each sum is computed in float32 and rounded once.
 
         After an error, such as too little memory, the network has no adapter.
         """

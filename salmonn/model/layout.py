@@ -96,7 +96,7 @@ class ClipInputs:
         return replace(self, pixels=_copy(self.pixels, device), mel=_copy(self.mel, device))
 
     def pin_for(self, device: torch.device) -> "ClipInputs":
-        """Return the clip in pinned memory if the device is a GPU, which copies it from there beside its work."""
+        """Return the clip in pinned memory if the device is a GPU, which copies it from there while it computes."""
         if device.type != "cuda":
             return self
         return replace(self, pixels=self.pixels.pin_memory(), mel=self.mel.pin_memory())

@@ -103,7 +103,7 @@ class Placement:
                 load_in_4bit=self.bits == 4,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=dtype,
-                # The towers are small beside the language model, and every caption depends on their output.
+                # The towers are small compared with the language model, and every caption depends on their output.
                 llm_int8_skip_modules=["vision", "audio", "lm_head"],
             )
         return arguments

@@ -76,7 +76,7 @@ class PackedBatch:
         return ends[torch.tensor(self.is_suffix, device=device)]
 
     def chunks(self, max_tokens: int) -> Iterator["PackedBatch"]:
-        """Split between groups into chunks of at most `max_tokens`; a group with more is a chunk of its own."""
+        """Split between groups into chunks of at most `max_tokens`; a group with more is a separate chunk."""
         chunks: list[list[PrefixGroup]] = [[]]
         for group in self.groups:
             filled = sum(other.num_tokens for other in chunks[-1])

@@ -103,7 +103,7 @@ def build_empty(path: Path | str, placement: Placement) -> Network:
         network: Network = Network._from_config(
             load_config(path), dtype=arguments["dtype"], attn_implementation=arguments["attn_implementation"]
         )
-    network.tie_weights()  # each was replaced by a parameter of its own
+    network.tie_weights()  # each was replaced by a separate parameter
     return network
 
 

@@ -1,4 +1,4 @@
-"""Copies between main memory and a GPU beside its computations. On a CPU the same calls copy nothing.
+"""Copies between main memory and a GPU while it computes. On a CPU the same calls copy nothing.
 
 reader threads    pin clip 3 ...
 copy stream            clip 2 to the GPU    features of clip 1 to main memory

@@ -1,4 +1,4 @@
-"""Agreement of a reward model with the source of its comparisons, beside controls that need no clip."""
+"""Agreement of a reward model with the source of its comparisons, next to controls that need no clip."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MIN_LOOKING = 0.03  # accuracy above the blind twin below which a warning says t
 
 @dataclass(frozen=True)
 class Agreement:
-    """Share of held-out comparisons that are ordered as by their source, beside controls.
+    """Share of held-out comparisons that are ordered as by their source, next to controls.
 
     Args:
         num_comparisons, num_clips: size of the held-out set.
@@ -35,7 +35,7 @@ class Agreement:
 
 
 def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Tensor | None) -> Agreement:
-    """Return the share of comparisons with a positive margin, beside the blind twin's and that of longer captions."""
+    """Return the share of comparisons with a positive margin, next to the blind twin's and that of longer captions."""
     words = torch.tensor(
         [
             len(group.answers[better][0].split()) - len(group.answers[worse][0].split())

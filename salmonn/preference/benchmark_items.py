@@ -15,7 +15,7 @@ from salmonn.records import Event, Modality, parse_record
 from salmonn.synthetic.render import sample_clip
 from salmonn.synthetic.scene import SynthConfig
 
-TIES = "Ties"  # subset of RewardBench 2 with several correct answers, and a score of its own
+TIES = "Ties"  # subset of RewardBench 2 with several correct answers, and its own score
 # Scenario -> its subsets: ours (after RAG-RewardBench, arXiv 2412.13746, table 1), and the sections of RewardBench.
 SCENARIOS = {
     "helpful": ("left_out", "colour", "object", "invented"),

@@ -1,4 +1,4 @@
-"""Rewards by clause: a judge says which clauses of a caption are right, so each of them is a label of its own.
+"""Rewards by clause: a judge says which clauses of a caption are right, so each of them is a separate label.
 
 Total is (N - correct + hallucinated) / N for a clip of N events. Within a clip it depends on nothing but the sum of
 

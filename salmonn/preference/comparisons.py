@@ -247,7 +247,7 @@ def _read_rated(
     """Return comparisons of a folder's captions, and the number of captions without a rating if there are such.
 
     Raises:
-        ValueError: captions or ratings cannot be told apart.
+        ValueError: captions or ratings cannot be distinguished.
     """
     captions, comparisons = read_records(folder / CAPTIONS_NAME, Caption), list[Comparison]()
     _check_distinct(captions, where=f"{folder} has captions")
@@ -265,7 +265,7 @@ def _check_distinct(records: Sequence[Caption | Score | Rating], *, where: str) 
     counts = Counter(_rating_key(one) for one in records)
     if repeated := next((key for key, count in counts.items() if count > 1), None):
         raise ValueError(
-            f"{where} that cannot be told apart: {counts[repeated]} of {repeated[0]} have sample {repeated[1]}; number "
+            f"{where} that cannot be distinguished: {counts[repeated]} of {repeated[0]} have sample {repeated[1]}; number "
             "the samples of each video, or use a folder for each modality, prompt and seed"
         )
 

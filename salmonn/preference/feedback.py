@@ -364,7 +364,7 @@ def keep_video(path: Path, folder: Path) -> str:
 def repair_last_line(path: Path) -> None:
     """Complete a last line without a line end, which the next line would continue; nothing is deleted.
 
-    A whole record gets its line end. A part of one, as a killed process leaves it, is moved to a file beside it.
+    A whole record gets its line end. A part of one, as a killed process leaves it, is moved to a file next to it.
     """
     if not path.is_file():
         return

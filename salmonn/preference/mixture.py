@@ -153,7 +153,7 @@ def choose_weights(
     if rater is not None and prototype is not None:
         raise ValueError("a reward is that of a rater or of a prototype: leave out one of them")
     if info is None:
-        raise ValueError(f"{folder} has one reward for all: train with --kind ideal-point to tell raters apart")
+        raise ValueError(f"{folder} has one reward for all: train with --kind ideal-point to distinguish raters")
     if prototype is not None:
         if not 1 <= prototype <= len(info.sizes):
             raise ValueError(f"{folder} has {len(info.sizes)} prototypes, counted from 1; got {prototype}")

@@ -49,7 +49,7 @@ def rewards_by_sample(ratings: Sequence[Rating]) -> dict[tuple[str, int], float]
     rewards: dict[tuple[str, int], float] = {}
     for one in ratings:
         if (one.video, one.sample) in rewards:
-            raise ValueError(f"there are two rewards of {one.video}: rewards of segments cannot be told apart")
+            raise ValueError(f"there are two rewards of {one.video}: rewards of segments cannot be distinguished")
         rewards[one.video, one.sample] = one.value
     return rewards
 

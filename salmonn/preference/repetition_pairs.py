@@ -35,7 +35,7 @@ def select_repetition_pairs(
     Args:
         captions: sampled captions, several of each clip.
         ratings: ratings of these captions by a judge, whose scores say what is repeated; others are left out.
-        references: video -> reference annotation, whose events are put in place of repeated clauses.
+        references: video -> reference annotation, whose events replace repeated clauses.
         max_pairs: number of pairs at most.
         source: name of the reward, for the records.
     """
@@ -68,7 +68,7 @@ def _most_repetitive_pair(captions: Sequence[RatedCaption], events: Sequence[Eve
 
 
 def replace_repetition(rated: RatedCaption, events: Sequence[Event]) -> Pair | None:
-    """Return the start of a caption with a missing event in place of its first repeated clause, and with that clause.
+    """Return the start of a caption with a missing event instead of its first repeated clause, and with that clause.
 
     The event must not precede the event that is mentioned before the clause, nor follow the one that is mentioned after
     it. Of several, it is the one whose text has most words in common with the clause: probably what was confused with

@@ -1,6 +1,6 @@
 """Rewards of the recipes, and the factories that build them and their judges from configuration.
 
-To add a reward, implement `Reward` (salmonn/preference/rating.py) in a file of its own, and name it in
+To add a reward, implement `Reward` (salmonn/preference/rating.py) in a separate file, and name it in
 `RewardConfig.kind` and `make_reward`; sampling, selection and training do not change.
 """
 

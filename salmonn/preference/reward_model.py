@@ -391,7 +391,7 @@ def answer_rows(group: AnswerGroup, *, clip: int = 0, prompt: str | None = None)
     Args:
         group: answers.
         clip: index of the clip that they are about.
-        prompt: prompt in place of the group's, which may be empty.
+        prompt: prompt instead of the group's, which may be empty.
     """
     one = group.example
     return [
@@ -421,7 +421,7 @@ def answer_states(
         rows: prompts with answers; the clip and the prompt of several rows go through the decoder once.
         clips: clips that the rows are about.
         pooling: see `salmonn.model.pooling`.
-        by_clause: with pooling "clauses", return the states of the clauses of all rows in place of their sums.
+        by_clause: with pooling "clauses", return the states of the clauses of all rows instead of their sums.
     """
     network, by_clip = captioner.network, dict[int, list[int]]()
     for index, row in enumerate(rows):

@@ -1,6 +1,6 @@
 """Selection of preference pairs from the rated captions of a clip. Imports no torch.
 
-To add a strategy, implement `Selector` in a file beside this one and name it in `SelectionConfig.kind` and
+To add a strategy, implement `Selector` in a file next to this one and name it in `SelectionConfig.kind` and
 `make_selector`.
 """
 

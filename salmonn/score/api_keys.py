@@ -46,7 +46,7 @@ def find_api_key(config: LLMConfig, *, flag: str = API_KEY_FLAG) -> str:
     if key := os.environ.get(variable, "").strip():
         return key
     if config.api_key_env is not None:
-        # A key that was given in place of a name is not repeated.
+        # A key that was given instead of a name is not repeated.
         name = variable if variable.isupper() else f"that {flag} names"
         raise ValueError(f"the environment variable {name} is not set; set it to the API key, or leave out {flag}")
     raise ValueError(

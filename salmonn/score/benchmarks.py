@@ -1,6 +1,6 @@
 """The public captioning benchmarks of `salmonn eval`: how captions are made, judged and averaged for each.
 
-To add one, write its reader, judge and rates in a file of its own, and an entry in `BENCHMARKS`.
+To add one, write its reader, judge and rates in a separate file, and an entry in `BENCHMARKS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

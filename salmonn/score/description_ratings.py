@@ -1,4 +1,4 @@
-"""UGC-VideoCap (arXiv 2507.11336): a language model rates captions beside a reference, from 1 to 5.
+"""UGC-VideoCap (arXiv 2507.11336): a language model rates captions next to a reference, from 1 to 5.
 
 It rates what is seen, what is heard, and details (completeness, coherence, purpose). Rates are the means over videos in
 percent of 5, and their mean. Format and scale are those of the scorer in AVoCaDO's repository, and the prompt says the

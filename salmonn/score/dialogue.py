@@ -116,7 +116,7 @@ def spoken_words(reference: Reference) -> list[str] | None:
 def normalize_words(text: str) -> list[str]:
     """Return the words of a text for comparison: lower case, no punctuation, numbers as digits, no hesitations.
 
-    Simple rules in place of Whisper's normalizer, which needs torch: apostrophes and commas in numbers are dropped,
+    Simple rules instead of Whisper's normalizer, which needs torch: apostrophes and commas in numbers are dropped,
     hyphens separate words, English cardinal numbers become digits. A character of a script without spaces between
     words is a word, so Chinese is measured by its character error rate.
     """

@@ -190,7 +190,7 @@ def _find_objects(text: str, decoder: json.JSONDecoder) -> list[dict[str, Any]]:
 
 
 def _to_strict_json(text: str) -> str:
-    """Rewrite what small models write in place of JSON: trailing commas, 'single quotes', True, False and None."""
+    """Rewrite what small models write instead of JSON: trailing commas, 'single quotes', True, False and None."""
 
     def to_json(token: re.Match[str]) -> str:
         if token[0].startswith("'"):

@@ -59,7 +59,7 @@ _COMPLETION = """A message of the user has the clip, as a part such as `{"type":
 {"url": "data:video/mp4;base64,..."}}` or `{"type": "file", "file": {"file_id": "..."}}`, and text. With \
 `stream: true`, the answer is sent as server-sent events while it is generated."""
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
-_EXTRA_BODY_BYTES = 1 << 20  # for the parts of a request beside its file
+_EXTRA_BODY_BYTES = 1 << 20  # for the parts of a request other than its file
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies forward each event at once
 _MAX_BODIES = 4  # number of bodies of the maximum size that are stored at a time
 _FINAL_EVENT_SECONDS = 1.0  # beyond a request's time limit, to send the event that reports it
@@ -217,7 +217,7 @@ class Service:
         async def first_event() -> tuple[int, TextDelta]:
             return await anext(events)
 
-        # Awaited before the response starts, so that an error before the first text gets a status of its own.
+        # Awaited before the response starts, so that an error before the first text gets its own status.
         first = await until_disconnect(request, first_event())
         stream = self._stream(context, chat, builder, first, events)
         return _EventStream(stream, context=context, close=lambda: self._close(context))

@@ -44,7 +44,7 @@ class Body:
     """The body of a request.
 
     Args:
-        text: JSON, with references in place of long strings.
+        text: JSON, with references instead of long strings.
         files: the long strings by reference.
     """
 
@@ -148,7 +148,7 @@ class BodyScanner:
                     end += 1
                     self._end_string()
             if len(self._text) > MAX_TEXT_BYTES:
-                raise TooLargeError(f"the request has more than {MAX_TEXT_BYTES:,} bytes beside its file")
+                raise TooLargeError(f"the request has more than {MAX_TEXT_BYTES:,} bytes in addition to its file")
             position = end
 
     def _add(self, part: bytes) -> None:

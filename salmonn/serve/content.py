@@ -1,7 +1,7 @@
 """Parts of a message: text, and clips as OpenAI, vLLM, litellm and Qwen write them.
 
 {"type": "video_url", "video_url": {"url": "..."}}      also image_url, audio_url, video, image, audio
-{"type": "video_url", "video_url": "..."}               also with fps, num_frames or max_pixels beside the URL
+{"type": "video_url", "video_url": "..."}               also with fps, num_frames or max_pixels next to the URL
 {"type": "input_audio", "input_audio": {"data": "..."}}
 {"type": "file", "file": {"file_data": "..."}}
 {"type": "file", "file": {"file_id": "..."}}            also {"type": "video_url", "video_url": {"file_id": "..."}}

@@ -12,7 +12,7 @@ _BUCKETS_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.
 
 
 class Metrics(Collector):
-    """Metrics of one server, in a registry of its own.
+    """Metrics of one server, in its own registry.
 
     Args:
         engine: engine whose counters are exported too.

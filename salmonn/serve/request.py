@@ -53,7 +53,7 @@ class RequestContext:
         engine: engine that answers it.
         metrics: metrics in which its end is counted.
         owner: who sends it; only their uploaded files can be used.
-        uploads: folder in which it may have a folder of its own.
+        uploads: folder in which it may have its own folder.
         upload_space: space that is shared by all request bodies.
         seconds: time limit.
 

@@ -1,7 +1,7 @@
 """Describe scenes in words: event lists, accurate and hasty captions, and questions with short answers.
 
 Event lists use the canonical phrasing of `lexicon.py`, captions any phrasing. Every clause of a caption has a subject
-and a verb of its own, so that a judge can read it alone, except that "it" stands for the subject of the clause before.
+and its own verb, so that a judge can read it alone, except that "it" stands for the subject of the clause before.
 """
 
 import random

@@ -58,7 +58,7 @@ def fill_template(template: str, *, colour: str, shape: str, value: str = "", pr
         template: one of `FORMS` or `MOVE`.
         colour, shape: the object.
         value: new colour of a change.
-        pronoun: word used in place of "the" and the object.
+        pronoun: word used instead of "the" and the object.
     """
     article = "an" if colour[:1] in "aeiou" else "a"
     the = pronoun or f"the {colour} {shape}"

@@ -332,7 +332,7 @@ class CaptionParser:
             sound = parsed.unknown_subject
         if sound is None:
             return False
-        # "It is heard again" is about the last sound; "the low tone stops" is no event of its own.
+        # "It is heard again" is about the last sound; "the low tone stops" is not a separate event.
         is_new = _INDEFINITE.search(text) is not None
         if not sound and not is_new and self.sounds:
             sound = self.sounds[-1]
@@ -422,7 +422,7 @@ class CaptionParser:
             elif known:
                 resolved.append(known[0])
             else:
-                # "a blue one" has the shape of the last object and a colour of its own.
+                # "a blue one" has the shape of the last object and its own colour.
                 shape = self.objects[-1].shape if item.word in ("one", "it") else item.shape
                 resolved.append(_Object(item.colour, shape))
         return resolved

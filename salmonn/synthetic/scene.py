@@ -320,7 +320,7 @@ class _VisualSampler:
         """Let an object present do something that it has not done yet."""
         values = [""]
         if kind == "change":
-            values = self.colours[len(self.waiting) :]  # each waiting object needs a colour of its own
+            values = self.colours[len(self.waiting) :]  # each waiting object needs its own colour
         elif kind == "move":
             values = list(DIRECTIONS)
         options = [(shape, value) for shape in self.present for value in values]

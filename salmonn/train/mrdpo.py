@@ -147,7 +147,7 @@ class MrDpoConfig(RunConfig):
         if self.references and not self.heldout_references:
             raise ValueError(
                 "references are given without heldout_references, so synthetic clips would decide which round is best; "
-                "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
+                "move the lines of some videos (about a tenth) to a separate file, and pass it as "
                 "--heldout-references"
             )
         if self.sampling.num_samples < 2 or not all(self.sampling.shares()):

@@ -59,7 +59,7 @@ class RewardTrainingConfig:
     Args:
         kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, "claims" adds up the
             credits of a caption's clauses, learned from the quotes of a judge, "objectives" predicts named objectives
-            and weighs them, and "ideal-point" tells raters apart (docs/raters.md).
+            and weighs them, and "ideal-point" distinguishes raters (docs/raters.md).
         pooling: states that the head reads (docs/reward.md).
         objectives: objectives and their weights, for that kind.
         l2: weight of the squared norm of the linear head's standardized weights.

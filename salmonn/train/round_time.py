@@ -2,7 +2,7 @@
 
     encoding        max(reading, FLOPs of the encoders), once per run
     sampling        FLOPs of the prefills + decode steps * max(launches, bytes / bandwidth); no launches if replayed
-    judging         FLOPs of the questions + bytes / bandwidth of the replies, on GPUs of its own, beside sampling
+    judging         FLOPs of the questions + bytes / bandwidth of the replies, on its own GPUs, during sampling
     reference pass  FLOPs of a forward pass on each pair
     training        FLOPs of forward and backward pass, and of what is recomputed
     merge           bytes from and to the disk

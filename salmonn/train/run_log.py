@@ -172,7 +172,7 @@ def format_figure(column: str, value: float | None) -> str:
 
 
 class StepLog:
-    """Metrics of each step, in steps.jsonl, in TensorBoard events beside it and in a tracker; only rank 0 creates one.
+    """Metrics of each step, in steps.jsonl, in TensorBoard events next to it and in a tracker; only rank 0 creates one.
 
     Opening the log drops what a killed run wrote for this step and later ones, since these steps are repeated: from the
     file at once, from TensorBoard by a purge mark that its reader obeys.
@@ -261,7 +261,7 @@ class StageRecord:
     Args:
         name: "round 2", "rebirth", or the name of a run with one stage.
         steps: metrics of each step, with its number as "step".
-        pairs: summary of its preference pairs; None for a stage without pairs of its own.
+        pairs: summary of its preference pairs; None for a stage without its own pairs.
     """
 
     name: str
@@ -337,7 +337,7 @@ def _summary_so_far(folder: Path) -> RunSummary | None:
 def _read_stages(folder: Path) -> Iterator[StageRecord]:
     if steps := read_steps(folder / STEPS_NAME):
         yield StageRecord(folder.resolve().name, steps)
-    # A run folder also holds folders that are no stages, such as votes, which have a pairs.jsonl of their own.
+    # A run folder also holds folders that are no stages, such as votes, which have their own pairs.jsonl.
     names = {path.parent.name for path in (*folder.glob(f"*/{STEPS_NAME}"), *folder.glob("round_*/pairs.jsonl"))}
     for name in sorted(names, key=_stage_order):
         steps, path = read_steps(folder / name / STEPS_NAME), folder / name / "pairs.jsonl"

@@ -22,7 +22,7 @@ from salmonn.records import read_json, write_json
 
 log = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"
-PLAN_KEY = "plan"  # in this file, beside the names of the steps: files and needs of all steps, also of earlier plans
+PLAN_KEY = "plan"  # in this file, next to the names of the steps: files and needs of all steps, also of earlier plans
 # Files of a training step, in the folder of its stage.
 TRAINING_FILES = ("checkpoints", "steps.jsonl", "events.out.tfevents.*", "reference_logps.json", "start_logps.json")
 MERGED_FILES = (*TRAINING_FILES, "adapter", "merged", "rounding.json")

@@ -38,7 +38,7 @@ class SampleConfig(Sampling):
 
     Args:
         num_samples: captions of each clip.
-        temperatures: temperatures of equal shares of the samples, in place of `temperature`; such as [1.0, 0.7] for
+        temperatures: temperatures of equal shares of the samples, instead of `temperature`; such as [1.0, 0.7] for
             half and half. RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
         batch_size: captions generated at once; on a GPU fewer where their KV cache would not fit.
     """

@@ -344,7 +344,7 @@ class ServerSampler:
             self._publish(temporary / "stacked", self._folder / name)
         if stacked.error:
             log.warning(
-                "%s has rank %d in place of that of all rounds; it lacks %.2f %% of the norm of their sum",
+                "%s has rank %d instead of that of all rounds; it lacks %.2f %% of the norm of their sum",
                 name,
                 stacked.rank,
                 100 * stacked.error,
@@ -372,7 +372,7 @@ class ServerSampler:
 
     @contextmanager
     def _temporary_folder(self) -> Iterator[Path]:
-        """Yield a folder beside the adapters, as they may be larger than /tmp; that of a killed process is deleted."""
+        """Yield a folder next to the adapters, as they may be larger than /tmp; that of a killed process is deleted."""
         folder = self._folder / f".{self._run}.tmp"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -41,7 +41,7 @@ class _Trackio:
     def __init__(self, name: str, run_id: str | None, settings: Mapping[str, Any], folder: Path) -> None:
         import trackio  # noqa: PLC0415 - an extra
 
-        self.run_id = run_id or f"{name}-{uuid4().hex[:6]}"  # Trackio tells runs apart by name
+        self.run_id = run_id or f"{name}-{uuid4().hex[:6]}"  # Trackio distinguishes runs by name
         self._run = trackio.init(project=PROJECT, name=self.run_id, config=dict(settings), resume="allow")
 
     def log(self, stage: str, metrics: Mapping[str, float], *, step: int) -> None:

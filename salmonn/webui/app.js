@@ -111,7 +111,7 @@ document.addEventListener("keydown", (event) => {
   const button = document.getElementById(id);
   if (button?.offsetParent) button.click();
 });
-// Gradio would show an error without the limit's reason in place of the drop zone.
+// Gradio would show an error without the limit's reason instead of the drop zone.
 for (const type of ["change", "drop"]) {
   document.addEventListener(type, (event) => {
     const zone = event.target.closest?.(".media-input");

@@ -174,6 +174,6 @@ def set_link_preview() -> None:
 
 
 def disable_remote_fetch() -> None:
-    """Make Gradio, in this process, fetch no URL that a client names in place of a file (SSRF)."""
+    """Make Gradio, in this process, fetch no URL that a client names instead of a file (SSRF)."""
     settings: Any = processing_utils
     settings.async_transport = BlockedTransport()

@@ -1,4 +1,4 @@
-"""The tab Caption: a video beside its caption, which is streamed, with its events, its score and further questions."""
+"""The tab Caption: a video next to its caption, which is streamed, with its events, its score and further questions."""
 
 import json
 import logging
@@ -151,7 +151,7 @@ class CaptionTab:
         except (ValueError, Overloaded, RuntimeError) as error:
             if not active.is_cancelled:
                 yield self._show_error(error_message(error, path))
-        # In an update of its own, so that it happens in any case.
+        # In a separate update, so that it happens in any case.
         yield self._enable()
 
     def _clear_answer(self) -> Update:

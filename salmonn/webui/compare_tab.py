@@ -207,7 +207,7 @@ class CompareTab:
             }
         elif active.is_stopped and not active.is_cancelled:
             yield {self.status: STOPPED}
-        # In an update of its own, so that it happens in any case.
+        # In a separate update, so that it happens in any case.
         yield {self.start: gr.update(interactive=True), self.stop: gr.update(visible=False)}
 
     def _generate(

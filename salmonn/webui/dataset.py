@@ -180,7 +180,7 @@ class Dataset:
             return Picture(reason=describe_missing(error, self._find_video(row.record)))
 
     def write_subtitles(self, formats: Sequence[SubtitleFormat]) -> tuple[int, list[Failure]]:
-        """Write subtitle files of all captions beside their videos, except over files that this tool did not write.
+        """Write subtitle files of all captions next to their videos, except over files that this tool did not write.
 
         Returns:
             The number of videos, and why some files could not be written.

@@ -104,7 +104,7 @@ class DatasetTab:
         self._add_replacement()
         with gr.Accordion("Subtitle files and training", open=False, elem_id="dataset-more", elem_classes=["fold"]):
             self.formats = gr.CheckboxGroup(list(SUBTITLE_FORMATS), value=["srt"], label="Subtitle files")
-            self.export = gr.Button("Write beside the videos", elem_id="dataset-export", size="sm")
+            self.export = gr.Button("Write next to the videos", elem_id="dataset-export", size="sm")
             self.exported = gr.HTML("", elem_id="dataset-exported")
             self.keep = gr.Checkbox(False, label=KEEP, elem_id="dataset-keep")
         self.status = gr.HTML("", elem_id="dataset-status")
@@ -261,7 +261,7 @@ class DatasetTab:
             yield update | done
 
     def write_subtitles(self, formats: Sequence[str]) -> str:
-        """Write subtitle files of all captions beside their videos; files that somebody else wrote stay as they are."""
+        """Write subtitle files of all captions next to their videos; files written by others stay as they are."""
         names = [name for name in SUBTITLE_FORMATS if name in formats]
         if not names:
             return render_error("choose a format")

@@ -100,8 +100,8 @@ class ActiveRequests:
     def switch_video(self, session: str, path: str | None, *, changed: float | None = None) -> bool:
         """Cancel the session's request unless it is about the video now shown; return whether it was cancelled.
 
-        The click on a button can arrive before change events of the video: of the one before, too, which `changed`, the
-        time of the change in the browser, tells apart.
+        The click on a button can arrive before the change events of the video, and even of the previous video;
+        `changed`, the time of the change in the browser, distinguishes them.
         """
         active = self._latest.get(session)
         if active and ((path and active.path == Path(path)) or (changed is not None and changed < active.clicked)):
@@ -304,7 +304,7 @@ class AppState:
 
 
 def error_message(error: Exception, path: Path) -> str:
-    """Return an error as shown to users, with the name of the file or folder in place of its path.
+    """Return an error as shown to users, with the name of the file or folder instead of its path.
 
     Of system and model errors only the kind is shown; the details are logged.
     """

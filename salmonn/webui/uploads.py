@@ -42,7 +42,7 @@ class UploadStore:
         self._num_reserved = 0
 
     def retain(self, session: str, slot: str, path: Path | None) -> None:
-        """Mark a file as used by a slot of a session, in place of the slot's file before; None empties the slot.
+        """Mark a file as used by a slot of a session, replacing the slot's previous file; None empties the slot.
 
         Events of a session may arrive after its end. They are ignored: nothing would ever release the file.
         """

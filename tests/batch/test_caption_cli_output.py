@@ -156,7 +156,7 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
 def test_shots_with_subtitles(shots, caption, tmp_path):
     """Each shot is a caption and a cue; the shots are recorded, and a file without video fails with the reason."""
     code, err = caption(shots, "--segments", "shots", "--export", "srt", "vtt", "--subtitle-dir", tmp_path / "subs")
-    assert code == 1 and "b.m4a: has no video and so no shots; caption audio files in a run of their own" in err
+    assert code == 1 and "b.m4a: has no video and so no shots; caption audio files in a separate run" in err
     captions = read_records(tmp_path / "captions.jsonl", Caption)
     assert [one.start_seconds for one in captions] == pytest.approx([0, 1, 2, 3, 4, 5], abs=0.01)
     assert [one.end_seconds for one in captions] == pytest.approx([1, 2, 3, 4, 5, 6], abs=0.06)

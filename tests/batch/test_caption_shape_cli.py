@@ -179,7 +179,7 @@ def test_clips_without_sidecars_fail_and_are_retried(clips_of, run, tmp_path):
     flags = ("--prompt", "{sidecar} What else?", "--dataset", folder / "all.jsonl")
     code, captions, err = run(folder, *flags)
     assert code == 1 and [caption.prompt for caption in captions] == ["A tug. What else?"]
-    assert f"{folder / '1.mp4'}: {{sidecar}} needs 1.txt beside the clip, and there is none" in err
+    assert f"{folder / '1.mp4'}: {{sidecar}} needs 1.txt next to the clip, and there is none" in err
     assert [Path(one.video).name for one in read_records(tmp_path / "captions.failed.jsonl", Failure)] == ["1.mp4"]
     rows = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
     assert rows == [{"video": "0.mp4", "caption": captions[0].text}]
@@ -251,7 +251,7 @@ def test_clips_that_do_not_fit_into_memory_together(videos, monkeypatch):
 
 
 def test_a_killed_run_is_resumed(clips_of, run, tmp_path):
-    """With named prompts, lengths, texts beside the clips, and the list for the trainer: as in an unbroken run."""
+    """With named prompts, lengths, texts next to the clips, and the list for the trainer: as in an unbroken run."""
     folder = clips_of(3)
     (tmp_path / "prompts.yaml").write_text("short:\n  prompt: Briefly.\n  words: 2-5\nlong: At length.\n")
     flags = ("--prompts", tmp_path / "prompts.yaml", "--export", "txt", "--dataset", folder / "all.json")
@@ -347,7 +347,7 @@ def test_a_dataset_that_cannot_be_placed(clips_of, run, call, tmp_path):
     code, _, err = run("--retry-failed", "--preset", "ltx2")
     assert code == 2 and f"no folder is named, {message}" in err
     code, _, err = call("caption", folder, "--out", "-", "--preset", "ltx2")[0:3]
-    assert code == 2 and "needs captions in a file of their own" in err
+    assert code == 2 and "needs captions in a separate file" in err
     elsewhere = tmp_path / "other" / "dataset.json"
     code, captions, err = run(folder, "--dataset", elsewhere)
     assert code == 2 and f"0.mp4 lies outside {elsewhere.parent}" in err and len(captions) == 1

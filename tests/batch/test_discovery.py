@@ -316,7 +316,7 @@ print(count, tracemalloc.get_traced_memory()[1])
 
 
 def count_and_peak(folder: Path, **listing) -> tuple[int, int]:
-    """List videos in a process of its own; return their number and the peak of its memory in bytes."""
+    """List videos in a separate process; return their number and the peak of its memory in bytes."""
     code = LONG.replace("LISTING", repr(listing))
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     count, peak = map(int, result.stdout.split())

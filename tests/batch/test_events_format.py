@@ -97,8 +97,8 @@ def test_a_clip_is_repaired_once_or_fails_with_the_reason(run, server, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--words", "5-9"], "--format events has a form of its own"),
-        (["--trigger", "ohwx"], "--format events has a form of its own"),
+        (["--words", "5-9"], "--format events has its own form"),
+        (["--trigger", "ohwx"], "--format events has its own form"),
     ],
 )
 def test_flags_of_other_forms_are_refused(run, flags, message):

@@ -152,7 +152,7 @@ def test_a_server_that_refuses_the_key_ends_the_run(folder, caption, tmp_path, m
 
 
 def write_clip_captions(video, tmp_path, caption):
-    """Caption a video in segments, and put texts that the rule judge can read in place of the random model's."""
+    """Caption a video in segments, and put texts that the rule judge can read instead of the random model's."""
     assert caption(video, "--segments", 2)[0] == 0
     captions = read_records(tmp_path / "captions.jsonl", Caption)
     texts = [

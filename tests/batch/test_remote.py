@@ -476,7 +476,7 @@ def test_subtitles_of_remote_videos_need_a_folder(videos, caption, tmp_path, cal
     store = fsspec.filesystem("memory")
     store.put_file(str(videos[0]), "/clips/a.mp4")
     code, err = caption("memory://clips", "--export", "srt")
-    assert code == 2 and "subtitles are written beside local videos only, and memory://clips is remote; choose" in err
+    assert code == 2 and "subtitles are written next to local videos only, and memory://clips is remote; choose" in err
     code, err = caption("memory://clips", "--export", "srt", "--subtitle-dir", tmp_path / "subtitles")
     assert code == 0, err
     assert (tmp_path / "subtitles" / "memory" / "clips" / "a.mp4.srt").read_text().startswith("1\n00:00:00,000 -->")
@@ -512,7 +512,7 @@ def test_fields_are_those_of_the_remote_video(videos, caption, tmp_path):
     assert [one.text.rpartition(" ")[2] for one in captions] == ["(harbour)", "(tug)"]
     (tmp_path / "list.txt").write_text("memory://pier/harbour.mp4\n")
     code, err = caption("--list", tmp_path / "list.txt", "--prompt", "{sidecar}", out="listed.jsonl")
-    assert code == 1 and "memory://pier/harbour.mp4: {sidecar} is a text file beside a local video; download" in err
+    assert code == 1 and "memory://pier/harbour.mp4: {sidecar} is a text file next to a local video; download" in err
     store.rm("/pier", recursive=True)
 
 
@@ -523,8 +523,11 @@ def test_fields_are_those_of_the_remote_video(videos, caption, tmp_path):
             ["--preset", "ltx2", "--words", "any"],
             "dataset.json lists local files, and {path} is {kind}; download or unpack the videos",
         ),
-        (["--export", "txt"], "subtitles are written beside local videos only, and {path} is {kind}; choose a --subti"),
-        (["--prompt", "{{sidecar}}"], "{{sidecar}} is a text file beside a local video, and {path} is {kind}; leave"),
+        (
+            ["--export", "txt"],
+            "subtitles are written next to local videos only, and {path} is {kind}; choose a --subti",
+        ),
+        (["--prompt", "{{sidecar}}"], "{{sidecar}} is a text file next to a local video, and {path} is {kind}; leave"),
     ],
 )
 def test_what_lies_beside_videos_is_refused_where_nothing_can(caption, tmp_path, flags, message):

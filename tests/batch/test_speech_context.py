@@ -84,7 +84,7 @@ def test_speech_beside_the_videos(pair, caption, tmp_path):
     first, second = sorted(read_records(tmp_path / "captions.jsonl", Caption), key=lambda one: one.video)
     assert context_of(first) == f"{TITLE}\n[1.0-2.0] Good day." and first.warnings == ()
     assert first.prompt.partition("\n\n")[0] == second.prompt
-    assert second.warnings == ("no transcript beside the video",)
+    assert second.warnings == ("no transcript next to the video",)
 
 
 def test_captions_of_an_earlier_run_are_no_speech(pair, call, caption, tmp_path):

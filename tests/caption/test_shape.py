@@ -179,7 +179,7 @@ def test_fields_in_prompts(tmp_path, clips, videos):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, r"needs c.txt beside the clip, and there is none"),
+        (None, r"needs c.txt next to the clip, and there is none"),
         (b" \n", "is empty"),
         (b"\xff\xfe", "is not UTF-8 text"),
     ],

@@ -113,11 +113,11 @@ def test_captions_that_ratings_cannot_tell_apart(folder):
     captions, ratings = rated("a.mp4", [0.5, 0.4])
     write_records(folder / "captions.jsonl", [*captions, replace(captions[0], modality="visual")])
     write_records(folder / "ratings.jsonl", ratings)
-    with pytest.raises(ValueError, match=r"captions that cannot be told apart: 2 of a\.mp4 have sample 0; number"):
+    with pytest.raises(ValueError, match=r"captions that cannot be distinguished: 2 of a\.mp4 have sample 0; number"):
         read_preferences(folder)
     write_records(folder / "captions.jsonl", captions)
     write_records(folder / "ratings.jsonl", [*ratings, ratings[1]])
-    with pytest.raises(ValueError, match=r"ratings that cannot be told apart: 2 of a\.mp4 have sample 1"):
+    with pytest.raises(ValueError, match=r"ratings that cannot be distinguished: 2 of a\.mp4 have sample 1"):
         read_preferences(folder)
 
 

@@ -61,7 +61,7 @@ def test_large_files_are_decoded_while_they_arrive(start, videos, model):
         chat(client, f"data:video/mp4;base64,{encoded}{'A' * (2 << 20)}")
     with pytest.raises(openai.APIStatusError, match=r"messages\[0\].content\[1\].text: the string is too long"):
         chat(client, data_url(videos[0]), "x" * 3_000_000)
-    with pytest.raises(openai.APIStatusError, match="more than 4,800,000 bytes beside its file"):
+    with pytest.raises(openai.APIStatusError, match="more than 4,800,000 bytes in addition to its file"):
         chat(client, data_url(videos[0]), ["x" * 1_000_000] * 5)
     assert read_metrics(running)["salmonn_received_bytes_totalupload"] == 2 * len(padded)
 

@@ -91,7 +91,7 @@ def test_a_wrong_escape_sequence_ends(tmp_path):
 def test_limits(tmp_path):
     with pytest.raises(TooLargeError, match="the file is larger than the maximum"):
         scan(json.dumps([ENCODED]), tmp_path, max_bytes=2999)
-    with pytest.raises(TooLargeError, match="more than 600 bytes beside its file"):
+    with pytest.raises(TooLargeError, match="more than 600 bytes in addition to its file"):
         scan(json.dumps(["x" * 99] * 7), tmp_path)
     assert scan(json.dumps([ENCODED, "x" * 99] * 3), tmp_path, sizes=(50,)).files
     (tmp_path / "none").mkdir()

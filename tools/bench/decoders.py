@@ -303,7 +303,7 @@ def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[B
 def measure_isolated(
     case: Case, path: Path, name: str, *, repeats: int, package_dir: Path | str = ""
 ) -> list[BenchRow]:
-    """Measure one of the other readers in a process of its own, since decord and torchcodec crash in the same one."""
+    """Measure one of the other readers in a separate process, since decord and torchcodec crash in the same one."""
     requested = asdict(case) | {"path": str(path), "reader": name, "repeats": repeats, "package_dir": str(package_dir)}
     rows: list[BenchRow] = run_isolated(__file__, only=json.dumps(requested))["rows"]
     return rows

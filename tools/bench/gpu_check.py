@@ -3,7 +3,7 @@
     python tools/bench/gpu_check.py --device cuda --dtype bfloat16 --shape 7b [--family salmonn2-plus] [--out gpu.json]
     python tools/bench/gpu_check.py --quick                  # what the tests run, on a CPU
 
-The weights are random, with key biases as large as those of Qwen2, beside which 16-bit scores would lose their digits.
+The weights are random, with key biases as large as those of Qwen2, which 16-bit scores would be too coarse for.
 Each check runs by itself: one that fails is reported with its error, and the exit status is 1.
 """
 
@@ -163,7 +163,7 @@ def attention_names(launches: Counter[str]) -> list[str]:
 
 
 def measure_decoding(check: GpuCheck) -> Figures:
-    """Measure decode steps of 1, 8 and 64 rows, beside the limit that reading the weights sets, and name kernels."""
+    """Measure decode steps of 1, 8 and 64 rows, next to the limit that reading the weights sets, and name kernels."""
     network, figures = check.captioner.network, Figures()
     weights = sum(one.nbytes for one in network.lm.parameters())
     limit = bandwidth(check) / weights

@@ -1,4 +1,4 @@
-"""Measure reward models on the built-in model: accuracy on held-out pairs and Total of the best of N, beside controls.
+"""Measure reward models on the built-in model: accuracy on held-out pairs and Total of the best of N, next to controls.
 
     OMP_NUM_THREADS=1 python tools/lab/reward_model.py --out run/lab/reward --seed 2
 

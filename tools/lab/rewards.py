@@ -1,4 +1,4 @@
-"""Measure what is claimed of reward models on several seeds, each claim beside its control: `make lab-rewards`.
+"""Measure what is claimed of reward models on several seeds, each claim with its control: `make lab-rewards`.
 
     python tools/lab/rewards.py --seeds 2 3 4 --jobs 2 --out run/lab/reward --document docs/lab.md
 
@@ -175,7 +175,7 @@ def gate(name: str) -> Callable[[Results], float]:
 CLAIMS, BLIND = "claims", "claims, blind"
 KNOWN, UNSEEN = ("K=2", "known", "mean"), ("K=2", "unseen", "20")
 ROWS = (
-    Row("**In place of the judge**: Total after three rounds, %", lambda one: last_total(one, "model")),
+    Row("**Instead of the judge**: Total after three rounds, %", lambda one: last_total(one, "model")),
     Row("control: the judge on every caption", lambda one: last_total(one, "judge")),
     Row("control: the judge's pairs of as many labelled captions, no model", lambda one: last_total(one, "labelled")),
     Row("share of the judge's calls, %", label_share),
@@ -232,7 +232,7 @@ ROWS = (
 
 
 def run_part(name: str, seed: int, out: Path) -> None:
-    """Run a part of a seed unless it is finished; its output goes to a log beside the results."""
+    """Run a part of a seed unless it is finished; its output goes to a log next to the results."""
     part = PARTS[name]
     if part.path(seed, out).is_file():
         return
