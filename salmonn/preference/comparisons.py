@@ -265,8 +265,8 @@ def _check_distinct(records: Sequence[Caption | Score | Rating], *, where: str) 
     counts = Counter(_rating_key(one) for one in records)
     if repeated := next((key for key, count in counts.items() if count > 1), None):
         raise ValueError(
-            f"{where} that cannot be distinguished: {counts[repeated]} of {repeated[0]} have sample {repeated[1]}; number "
-            "the samples of each video, or use a folder for each modality, prompt and seed"
+            f"{where} that cannot be distinguished: {counts[repeated]} of {repeated[0]} have sample {repeated[1]}; "
+            "number the samples of each video, or use a folder for each modality, prompt and seed"
         )
 
 

@@ -96,7 +96,7 @@ def test_captions_of_an_earlier_run_are_no_speech(pair, call, caption, tmp_path)
         assert call("export", tmp_path / name, "--to", "srt")[0] == 0
     assert caption(tmp_path / "clips", "--context", "transcript")[0] == 0
     first, second = sorted(read_records(tmp_path / "captions.jsonl", Caption), key=lambda one: one.video)
-    reason = "no transcript: a.srt beside the video has captions that salmonn wrote; transcribe the video"
+    reason = "no transcript: a.srt next to the video has captions that salmonn wrote; transcribe the video"
     assert context_of(first) == "" and first.warnings == (reason,)
     assert context_of(second) == f"{TITLE}\n[0.5-2.6] Hello you." and second.warnings == ()
     # A person's own subtitles are speech, also where there were captions before.
