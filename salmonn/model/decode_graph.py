@@ -1,25 +1,43 @@
 """Decode steps that are recorded once as a CUDA graph and replayed, which costs the host one launch a token.
 
-Launching the 1,600 kernels of a step takes the host longer than a GPU needs to run them. The first steps after a change
-of the cache's layout run as they are; then one is recorded. All steps do the same: tensors of the cache are changed in
-place, and the host only counts tokens and makes room.
+Launching all kernels of a step takes the host longer than a GPU needs to run them. So steps are padded to a few
+shapes: 1, 2, 4 ... 128 rows, and pages in steps of an eighth (see `StepShape`). The first steps of a shape run as they
+are; then one is recorded, and replayed for every later step of the shape, whatever rows have joined or ended meanwhile.
+All steps do the same: tensors of the cache are changed in place, and the host only counts tokens and makes room.
+
+What is computed for padding has no effect: it is written to rows of the cache that are not in use, no row attends to
+it, and its logits are dropped before any token is sampled.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from salmonn.model.kv_cache import KVCache
+from salmonn.model.kv_tables import StepShape
 from salmonn.model.network import Network
 
 logger = logging.getLogger(__name__)
-# Recording takes as long as some steps, and layouts change as rows end. These steps also load all kernels.
+# Recording takes as long as some steps, and not every shape lasts. These steps also load all kernels.
 STEPS_BEFORE_RECORDING = 4
+MAX_RECORDED = 16  # steps that are kept; each takes some tens of MiB of a GPU
 
 Run = Callable[[], Tensor]
 Record = Callable[[Run], tuple[Callable[[], object], Tensor]]
+
+
+@dataclass(frozen=True)
+class _RecordedStep:
+    """A recorded step: the tokens (R,) that it reads, what replays it, and the logits (R, V) that it writes."""
+
+    tokens: Tensor
+    replay: Callable[[], object]
+    logits: Tensor
 
 
 class GraphDecoder:
@@ -27,66 +45,83 @@ class GraphDecoder:
 
     Args:
         network: network in evaluation mode.
-        record: function that records what a function does, without doing it, and returns the replay and the tensor that
-            holds the result after each; None to record nothing (default: CUDA graphs, where the model allows them).
+        make_recorder: makes a function that records what a function does, without doing it, and returns the replay and
+            the tensor that holds the result after each; None to record nothing (default: CUDA graphs, where the model
+            allows them). A recorder is used for as long as the cache keeps its tensors.
+
+    Attributes:
+        num_recorded, num_replayed: numbers of steps so far.
     """
 
-    def __init__(self, network: Network, *, record: Record | None = None) -> None:
+    def __init__(self, network: Network, *, make_recorder: Callable[[], Record] | None = None) -> None:
         self.network = network
-        self._record = record or (record_cuda_graph if _is_on_one_gpu(network) else None)
-        self._layout: tuple[KVCache, int] | None = None
-        self._num_steps = 0
-        self._replay: Callable[[], object] | None = None
-        self._tokens = self._logits = torch.empty(0)
-
-    @property
-    def is_replaying(self) -> bool:
-        """Whether a recorded step is in use."""
-        return self._replay is not None
+        self.num_recorded = self.num_replayed = 0
+        self._make_recorder = make_recorder or (CudaGraphRecorder if _is_on_one_gpu(network) else None)
+        self._record: Record | None = None
+        self._storage: tuple[KVCache, int] | None = None  # that recorded steps refer to
+        self._num_steps: Counter[StepShape] = Counter()
+        self._recorded: dict[StepShape, _RecordedStep] = {}  # in the order of their last use
 
     def step(self, tokens: Tensor, cache: KVCache, *, num_waiting: int = 0) -> Tensor:
         """Do the same as `Network.decode_step`."""
-        if self._record is None or num_waiting:
+        cache.is_static = self._make_recorder is not None
+        if self._make_recorder is None or num_waiting:
             return self.network.decode_step(tokens, cache, num_waiting=num_waiting)
         cache.reserve()
-        if self._layout is None or self._layout[0] is not cache or self._layout[1] != cache.layout_version:
-            # The recorded step refers to tensors that are gone.
-            self._layout, self._num_steps, self._replay = (cache, cache.layout_version), 0, None
-        if self._replay is None and self._num_steps >= STEPS_BEFORE_RECORDING:
-            self._record_step(self._record, tokens, cache)
-        self._num_steps += 1
-        if self._replay is None:
+        if self._storage is None or self._storage[0] is not cache or self._storage[1] != cache.storage_version:
+            self._storage, self._record = (cache, cache.storage_version), self._make_recorder()
+            self._num_steps.clear()
+            self._recorded.clear()
+        shape = cache.shape
+        if shape not in self._recorded and self._num_steps[shape] >= STEPS_BEFORE_RECORDING:
+            self._record_step(shape, tokens, cache)
+        self._num_steps[shape] += 1
+        if shape not in self._recorded:
             return self.network.decode_step(tokens, cache)
+        self._recorded[shape] = recorded = self._recorded.pop(shape)
         cache.count_step()
+        self.num_replayed += 1
         with torch.cuda.device_of(tokens):
-            self._tokens.copy_(tokens)
-            self._replay()
-            return self._logits.clone()
+            recorded.tokens[: len(tokens)].copy_(tokens)
+            recorded.replay()
+            return recorded.logits[: len(tokens)].clone()
 
-    def _record_step(self, record: Record, tokens: Tensor, cache: KVCache) -> None:
-        self._tokens = tokens.clone()
-        run = lambda: self.network.decode_tokens(self._tokens, cache.start_step(), cache)  # noqa: E731
+    def _record_step(self, shape: StepShape, tokens: Tensor, cache: KVCache) -> None:
+        assert self._record is not None
+        padded = tokens.new_zeros(shape.rows)
+        run = lambda: self.network.decode_tokens(padded, cache.start_step(), cache)  # noqa: E731
         try:
             with torch.cuda.device_of(tokens):
-                self._replay, self._logits = record(run)
+                self._recorded[shape] = _RecordedStep(padded, *self._record(run))
         except Exception as error:  # noqa: BLE001, whatever the reason, steps also work unrecorded
             logger.warning("decode steps cannot be recorded as a CUDA graph (%s); captions take longer", error)
-            self._record = None
+            self._make_recorder, cache.is_static = None, False
+            return
+        self.num_recorded += 1
+        if len(self._recorded) > MAX_RECORDED:
+            del self._recorded[next(iter(self._recorded))]
 
 
-def record_cuda_graph(run: Run) -> tuple[Callable[[], object], Tensor]:
-    """Record what a function does on the GPU as a CUDA graph."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # Other threads, which decode files or encode clips, may allocate memory meanwhile.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            result = run()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay, result
+class CudaGraphRecorder:
+    """Records what a function does on the GPU as a CUDA graph; all graphs share the memory of intermediate results."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Run) -> tuple[Callable[[], object], Tensor]:
+        """Record a function."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Other threads, which decode files or encode clips, may allocate memory meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or graph.pool()
+        return graph.replay, result
 
 
 def _is_on_one_gpu(network: Network) -> bool:

@@ -8,23 +8,30 @@ A prefix is stored once for all rows that continue it, cut into pages of equal l
 The full pages of all prefixes are one batch for a flash-attention kernel, in which the queries of all rows of a page's
 prefix attend to it together: no prefix is padded to the longest, and no scores are written to memory. The tails and the
 tokens of the rows themselves are two further batches. The parts of each row are merged by their log-sum-exp.
+
+A static cache pads the numbers of rows, pages, tails and groups to a few sizes, and changes its tables in place. So a
+decode step that was recorded as a CUDA graph can be replayed after rows have joined or ended.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from salmonn.model.kv_tables import Prefix, StepShape, Tables, make_tables, padded_pages, padded_rows
 from salmonn.model.packing import PackedBatch
 from salmonn.model.partial_attention import float32_product, length_bias, partial_attention
 
 PAGE_LENGTH = 512  # tokens; a page is a block of work for a GPU, and costs it an output and a log-sum-exp per query
 # Columns that are added when the own tokens of some row fill theirs; a static cache attends to all of them, but each
-# change costs a recorded step.
+# change costs the recorded steps.
 GROWTH, GROWTH_STATIC = 64, 256
+# Memory is released once it is this many times what is in use; a static cache keeps more of it for others.
+RELEASE, RELEASE_STATIC = 2, 4
 
 
 @dataclass
@@ -34,36 +41,34 @@ class _Pool:
     keys: Tensor
     values: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace keys and values."""
-        self.keys, self.values = change(self.keys), change(self.values)
+    def has_room(self, count: int, columns: int) -> bool:
+        """Return whether there are so many parts and columns."""
+        return len(self.keys) >= count and self.keys.shape[2] >= columns
+
+    def make_room(self, count: int, columns: int) -> None:
+        """Add empty parts and columns; what is masked must be finite."""
+        parts, columns = max(0, count - len(self.keys)), max(0, columns - self.keys.shape[2])
+        self.keys, self.values = (F.pad(one, (0, 0, 0, columns, 0, 0, 0, parts)) for one in (self.keys, self.values))
 
     def part(self, count: int, columns: int) -> tuple[Tensor, Tensor]:
         """Return the first columns of the first parts."""
         return self.keys[:count, :, :columns], self.values[:count, :, :columns]
 
-    def move(self, moves: Mapping[int, int], *, used: int) -> None:
-        """Copy parts to other places, {source: target}, then release memory if most of it is unused."""
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Copy parts to other places, {source: target}."""
         if moves:
             sources, targets = (torch.tensor(list(one), device=self.keys.device) for one in (moves, moves.values()))
             for tensor in (self.keys, self.values):
                 tensor[targets] = tensor[sources]
-        if 2 * used <= len(self.keys):
-            self.map(lambda tensor: tensor[:used].clone())
 
-    def extend(self, other: "_Pool", *, used: int, added: int) -> None:
-        """Append the first parts of another pool after those in use, with more columns if it has more."""
+    def release(self, used: int) -> None:
+        """Release the memory of all but the first parts."""
+        self.keys, self.values = self.keys[:used].clone(), self.values[:used].clone()
 
-        def extended(own: Tensor, others: Tensor) -> Tensor:
-            rows, columns = max(len(own), used + added), max(own.shape[2], others.shape[2])
-            if (rows, columns) != (len(own), own.shape[2]):
-                grown = own.new_zeros(rows, own.shape[1], columns, own.shape[3])  # what is masked must be finite
-                grown[:used, :, : own.shape[2]] = own[:used]
-                own = grown
-            own[used : used + added, :, : others.shape[2]] = others[:added]
-            return own
-
-        self.keys, self.values = extended(self.keys, other.keys), extended(self.values, other.values)
+    def put(self, other: "_Pool", *, used: int, count: int) -> None:
+        """Put the first parts of another pool, which has no more columns, after those in use."""
+        for own, others in ((self.keys, other.keys), (self.values, other.values)):
+            own[used : used + count, :, : others.shape[2]] = others[:count]
 
 
 @dataclass
@@ -80,54 +85,6 @@ class _LayerCache:
         return self.pages, self.tails, self.own
 
 
-@dataclass
-class _Prefix:
-    """Places of a prefix: indices of its full pages and of its tail, if its length is no multiple of a page's."""
-
-    pages: list[int]
-    tail: int | None
-    tail_length: int
-
-    def placed(self, page: Callable[[int], int], tail: Callable[[int], int]) -> "_Prefix":
-        """Return the prefix with other places."""
-        return _Prefix(
-            [page(place) for place in self.pages], None if self.tail is None else tail(self.tail), self.tail_length
-        )
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """Which row attends to what, for R rows, M rows of the largest of G groups, P pages and T tails.
-
-    Args:
-        rows: (R,) indices from 0.
-        slots, groups: (R,) number of each row in its group, and of the group.
-        page_rows, tail_rows: (P, M), (T, M) the rows that attend to each page or tail, filled up with row 0.
-        row_pages: (R, N) the pages of each row, filled up with page 0; N is the number of the longest prefix.
-        page_numbers: (P,) number of each page in its prefix.
-        page_groups: (G, P) true where a page belongs to a group.
-        row_tails: (R,) the tail of each row, or 0.
-        is_absent: (R, parts, 1, 1) false where a row has own tokens, N pages, a tail (only if there are tails).
-        tail_lengths: (T, 1).
-    """
-
-    rows: Tensor
-    slots: Tensor
-    groups: Tensor
-    page_rows: Tensor
-    tail_rows: Tensor
-    row_pages: Tensor
-    page_numbers: Tensor
-    page_groups: Tensor
-    row_tails: Tensor
-    is_absent: Tensor
-    tail_lengths: Tensor
-
-    def to(self, device: torch.device) -> "_Tables":
-        """Copy to a device."""
-        return _Tables(*(getattr(self, one.name).to(device, non_blocking=True) for one in fields(self)))
-
-
 @dataclass(frozen=True)
 class _Step:
     """Tensors of one decode step on one device.
@@ -139,7 +96,7 @@ class _Step:
         tail_bias: (T, S) bias of the tails.
     """
 
-    tables: _Tables
+    tables: Tables
     columns: Tensor
     own_bias: Tensor
     tail_bias: Tensor
@@ -156,9 +113,7 @@ class KVCache:
         positions: (3, 1, T) rotary positions of its tokens.
 
     Attributes:
-        is_static: let decode steps attend to all columns that there is room for, with those without a token masked,
-            so that steps do not differ in shape (default: on a GPU, where they can be recorded).
-        layout_version: number that changes whenever tensors are replaced or rows come and go.
+        storage_version: number that changes whenever tensors are replaced that steps refer to.
     """
 
     def __init__(self, packed: PackedBatch, positions: Tensor) -> None:
@@ -169,16 +124,21 @@ class KVCache:
         self._groups = [number for number, group in enumerate(packed.groups) for _ in group.rows]
         self._lengths = [length for group in packed.groups for length in group.suffix_lengths]
         self._columns = torch.tensor(self._lengths, device=positions.device) - 1  # (R,) of the last own tokens
-        self._prefixes: list[_Prefix] = []
+        self._prefixes: list[Prefix] = []
         for group in packed.groups:
             count, rest = divmod(group.prefix_length, PAGE_LENGTH)
             pages = list(range(self._num_pages, self._num_pages + count))
-            self._prefixes.append(_Prefix(pages, self._num_tails if rest else None, rest))
-        self._tables: dict[torch.device, _Tables] = {}
+            self._prefixes.append(Prefix(pages, self._num_tails if rest else None, rest))
+        self._tables: dict[tuple[StepShape, torch.device], Tables] = {}
+        self._stale: set[tuple[StepShape, torch.device]] = set()  # tables of another layout
         self._steps: dict[torch.device, _Step] = {}
+        self._shape: StepShape | None = None
+        # What each row's column and position grow by in a step: 1, and 0 where there is no row.
+        self._increments = torch.ones_like(self._columns)
         self._step_columns = self._columns
-        self.is_static = positions.device.type == "cuda"
-        self.layout_version = 0
+        self._is_static = self._is_reserved = False
+        self._num_columns = 0  # that there is room for, if `_is_reserved`
+        self.storage_version = 0
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -190,6 +150,34 @@ class KVCache:
     @property
     def _num_tails(self) -> int:
         return sum(prefix.tail is not None for prefix in self._prefixes)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether shapes are padded and tables are changed in place, so that recorded steps can be replayed."""
+        return self._is_static
+
+    @is_static.setter
+    def is_static(self, value: bool) -> None:
+        if value != self._is_static:
+            self._is_static = value
+            self._change_layout()
+
+    @property
+    def shape(self) -> StepShape:
+        """Shape of the next step."""
+        if self._shape is None:
+            sizes = Counter(self._groups)
+            shape = StepShape(
+                rows=len(self),
+                groups=len(self._prefixes),
+                slots=max(sizes.values()),
+                pages=self._num_pages,
+                tails=self._num_tails,
+                longest=max(len(prefix.pages) for prefix in self._prefixes),
+                tail_columns=max(prefix.tail_length for prefix in self._prefixes),
+            )
+            self._shape = shape.pad(page_length=PAGE_LENGTH) if self.is_static else shape
+        return self._shape
 
     def append(
         self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, is_suffix: Sequence[bool]
@@ -210,18 +198,23 @@ class KVCache:
 
     def extend(self, other: "KVCache") -> None:
         """Add the rows of another cache, which is used up; if that fails, this cache has the same rows as before."""
-        self._change_layout()  # first: even if memory runs out below, some tensors are others than in recorded steps
-        num_pages, num_tails, num_groups = self._num_pages, self._num_tails, len(self._prefixes)
-        counts = ((num_pages, other._num_pages), (num_tails, other._num_tails), (len(self), len(other)))
+        own, added, num_groups = self._counts(), other._counts(), len(self._prefixes)
+        counts = [used + count for used, count in zip(own, added, strict=True)]
+        if self.is_static:
+            counts = [padded_pages(counts[0]), *map(padded_rows, counts[1:])]
+        tail_columns = max(self.shape.tail_columns, other.shape.tail_columns)
+        columns = max(cache.own.keys.shape[2] for one in (self, other) for cache in one._layers.values())
+        self._make_room(counts, (PAGE_LENGTH, tail_columns, columns))
         for layer, cache in self._layers.items():
             others = other._layers.pop(layer)
-            for pool, added, (used, count) in zip(cache.pools, others.pools, counts, strict=True):
-                pool.extend(added, used=used, added=count)
-        self._prefixes += [prefix.placed(num_pages.__add__, num_tails.__add__) for prefix in other._prefixes]
+            for pool, joining, used, count in zip(cache.pools, others.pools, own, added, strict=True):
+                pool.put(joining, used=used, count=count)
+        rows = slice(len(self), len(self) + len(other))
+        self._columns[rows], self._positions[:, rows] = other._columns, other._positions
+        self._prefixes += [prefix.placed(own[0].__add__, own[1].__add__) for prefix in other._prefixes]
         self._groups += [num_groups + group for group in other._groups]
         self._lengths += other._lengths
-        self._positions = torch.cat([self._positions, other._positions], dim=1)
-        self._columns = torch.cat([self._columns, other._columns])
+        self._change_layout()
 
     def evict(self, is_active: Tensor) -> None:
         """Remove the rows where `is_active` (R,) is false, and prefixes that no row continues any more."""
@@ -237,21 +230,50 @@ class KVCache:
         ]
         self._groups = [groups.index(self._groups[row]) for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
-        for cache in self._layers.values():
-            cache.pages.move(page_moves, used=self._num_pages)
-            cache.tails.move(tail_moves, used=self._num_tails)
-            cache.own.move(row_moves, used=len(rows))
-        index = torch.tensor(rows, device=self._columns.device)
-        self._positions, self._columns = self._positions[:, index], self._columns[index]
         self._change_layout()
+        used = (self.shape.pages, self.shape.tails, self.shape.rows)
+        for cache in self._layers.values():
+            for pool, moves, count in zip(cache.pools, (page_moves, tail_moves, row_moves), used, strict=True):
+                pool.move(moves)
+                factor = RELEASE_STATIC if self.is_static else RELEASE
+                if count < len(pool.keys) >= factor * count:
+                    self._replace_storage()
+                    pool.release(count)
+        index = torch.tensor(rows, device=self._columns.device)
+        self._positions[:, : len(rows)], self._columns[: len(rows)] = self._positions[:, index], self._columns[index]
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Return the numbers of pages, tails and rows."""
+        return self._num_pages, self._num_tails, len(self)
+
+    def _make_room(self, counts: Sequence[int], columns: Sequence[int]) -> None:
+        """Make room for pages, tails and rows of some lengths in each layer."""
+        rooms = list(zip(counts, columns, strict=True))
+        pools = [pool for cache in self._layers.values() for pool in cache.pools]
+        lacking = [(pool, room) for pool, room in zip(pools, cycle(rooms), strict=False) if not pool.has_room(*room)]
+        missing = max(0, counts[-1] - len(self._columns))
+        if lacking or missing:
+            self._replace_storage()  # first: even if memory runs out below, some tensors are others than before
+        for pool, room in lacking:
+            pool.make_room(*room)
+        if missing:
+            self._columns, self._increments = (F.pad(one, (0, missing)) for one in (self._columns, self._increments))
+            self._positions = F.pad(self._positions, (0, 0, 0, missing))
 
     def reserve(self) -> None:
         """Make room for one more token of each row."""
-        for cache in self._layers.values():
-            if max(self._lengths) == cache.own.keys.shape[2]:
-                growth = GROWTH_STATIC if self.is_static else GROWTH
-                cache.own.map(partial(F.pad, pad=(0, 0, 0, growth)))
-                self._change_layout()
+        if self._is_reserved and max(self._lengths) < self._num_columns:
+            return
+        shape, growth = self.shape, GROWTH_STATIC if self.is_static else GROWTH
+        columns = min(cache.own.keys.shape[2] for cache in self._layers.values())  # equal, unless memory ran out
+        columns += growth * (max(self._lengths) >= columns)
+        self._make_room((shape.pages, shape.tails, shape.rows), (PAGE_LENGTH, shape.tail_columns, columns))
+        self._increments[: len(self)] = 1
+        self._increments[len(self) :] = 0
+        for key in [key for key in self._stale if key[0] == shape]:
+            self._tables[key].copy_(make_tables(self._groups, self._prefixes, self.shape))
+            self._stale.remove(key)
+        self._is_reserved, self._num_columns = True, columns
 
     def advance(self, *, num_waiting: int = 0) -> Tensor:
         """Make room for one more token of each row and start a decode step.
@@ -260,7 +282,7 @@ class KVCache:
             num_waiting: number of rows at the end whose token is a placeholder; the next one takes its place.
 
         Returns:
-            (3, R, 1) positions of the tokens.
+            (3, R, 1) positions of the tokens; in a static cache R is padded.
         """
         self.reserve()
         self.count_step(num_waiting=num_waiting)
@@ -272,13 +294,15 @@ class KVCache:
         It changes tensors in place, so that a recorded step can be replayed; the host's part depends on the step.
         """
         self._steps.clear()
+        count, started = self.shape.rows, len(self) - num_waiting
+        columns, positions, increments = self._columns[:count], self._positions[:, :count], self._increments[:count]
         if not num_waiting:
-            self._step_columns = self._columns.add_(1)
-            return self._positions.add_(1)
-        self._step_columns, positions = self._columns + 1, self._positions + 1
-        self._columns[:-num_waiting] += 1
-        self._positions[:, :-num_waiting] += 1
-        return positions
+            self._step_columns = columns.add_(increments)
+            return positions.add_(increments[:, None])
+        self._step_columns, step_positions = columns + increments, positions + increments[:, None]
+        columns[:started] += 1
+        positions[:, :started] += 1
+        return step_positions
 
     def count_step(self, *, num_waiting: int = 0) -> None:
         """Count the tokens of a step on the host."""
@@ -286,8 +310,18 @@ class KVCache:
         self._lengths = [length + (row < started) for row, length in enumerate(self._lengths)]
 
     def _change_layout(self) -> None:
+        """Note that rows came or went."""
+        self._shape, self._is_reserved = None, False
+        if self.is_static:
+            self._stale = set(self._tables)
+        else:
+            self._tables.clear()
+
+    def _replace_storage(self) -> None:
+        """Note that steps will refer to other tensors."""
+        self.storage_version += 1
         self._tables.clear()
-        self.layout_version += 1
+        self._stale.clear()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See `AttentionBackend`; B is R, L is 1."""
@@ -298,7 +332,7 @@ class KVCache:
             tensor[tables.rows, :, step.columns] = new[:, :, 0].to(dtype)
         queries = query.to(dtype).squeeze(2).unflatten(1, (-1, num_heads))  # (R, K, H / K, d)
         own, own_total = partial_attention(
-            queries, *cache.own.part(len(self), step.own_bias.shape[1]), scale=scale, bias=step.own_bias
+            queries, *cache.own.part(*step.own_bias.shape), scale=scale, bias=step.own_bias
         )
         queries = queries.transpose(1, 2)  # (R, H / K, K, d), as the kernels store outputs
 
@@ -323,61 +357,18 @@ class KVCache:
     def _step_on(self, device: torch.device, dtype: torch.dtype) -> _Step:
         """Return the tensors of this step on a device; a model may be split over several."""
         if device not in self._steps:
-            if device not in self._tables:
-                self._tables[device] = self._make_tables().to(device)
-            tables, columns = self._tables[device], self._step_columns.to(device)
-            tail_columns = max((prefix.tail_length for prefix in self._prefixes), default=0)
-            columns_of_layers = [
-                layer.own.keys.shape[2] for layer in self._layers.values()
-            ]  # equal, unless `extend` fails
-            own_columns = min(columns_of_layers) if self.is_static else max(self._lengths)
+            key = (self.shape, device)
+            if key not in self._tables:
+                self._tables[key] = make_tables(self._groups, self._prefixes, self.shape).to(device)
+            tables, columns = self._tables[key], self._step_columns.to(device)
+            own_columns = self._num_columns if self.is_static else max(self._lengths)
             self._steps[device] = _Step(
                 tables,
                 columns,
                 length_bias(columns[:, None] + 1, num_columns=own_columns, dtype=dtype),
-                length_bias(tables.tail_lengths, num_columns=tail_columns, dtype=dtype),
+                length_bias(tables.tail_lengths, num_columns=self.shape.tail_columns, dtype=dtype),
             )
         return self._steps[device]
-
-    def _make_tables(self) -> _Tables:
-        members: list[list[int]] = [[] for _ in self._prefixes]
-        slots = []
-        for row, group in enumerate(self._groups):
-            slots.append(len(members[group]))
-            members[group].append(row)
-        num_slots, longest = max(map(len, members)), max(len(prefix.pages) for prefix in self._prefixes)
-        num_groups, num_pages, num_tails = len(members), self._num_pages, self._num_tails
-        page_rows, tail_rows = _zeros(num_pages, num_slots), _zeros(num_tails, num_slots)
-        page_numbers, tail_lengths = _zeros(num_pages), _zeros(num_tails, 1)
-        group_pages, group_tails = _zeros(num_groups, longest), _zeros(num_groups)
-        page_groups, is_part = _zeros(num_groups, num_pages).bool(), _zeros(num_groups, longest + 2).bool()
-        is_part[:, 0] = True
-        for group, prefix in enumerate(self._prefixes):
-            count, rows = len(prefix.pages), torch.tensor(members[group])
-            pages = torch.tensor(prefix.pages, dtype=torch.long)
-            page_rows[pages, : len(rows)] = rows
-            page_numbers[pages] = torch.arange(count)
-            group_pages[group, :count] = pages
-            page_groups[group, pages] = is_part[group, 1 : 1 + count] = True
-            if prefix.tail is not None:
-                tail_rows[prefix.tail, : len(rows)] = rows
-                tail_lengths[prefix.tail] = prefix.tail_length
-                group_tails[group] = prefix.tail
-                is_part[group, -1] = True
-        groups = torch.tensor(self._groups)
-        return _Tables(
-            rows=torch.arange(len(groups)),
-            slots=torch.tensor(slots),
-            groups=groups,
-            page_rows=page_rows,
-            tail_rows=tail_rows,
-            row_pages=group_pages[groups],
-            page_numbers=page_numbers,
-            page_groups=page_groups,
-            row_tails=group_tails[groups],
-            is_absent=~is_part[groups, : None if num_tails else -1, None, None],
-            tail_lengths=tail_lengths,
-        )
 
 
 def _attend_together(
@@ -402,7 +393,7 @@ def _attend_together(
     return output.transpose(1, 2).unflatten(1, (num_slots, -1)), total.transpose(1, 2).unflatten(1, (num_slots, -1))
 
 
-def _sum_pages(outputs: Tensor, shares: Tensor, tables: _Tables) -> Tensor:
+def _sum_pages(outputs: Tensor, shares: Tensor, tables: Tables) -> Tensor:
     """Sum the outputs (P, M, H / K, K, d) of each row's pages with their shares (R, parts, H / K, K) of the softmax.
 
     One product over all pages, with zeros for those of other groups, reads each output once; gathering the outputs of
@@ -436,7 +427,3 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors (K, length, d), padded with zeros on the right, to (N, K, longest, d)."""
     longest = max(tensor.shape[1] for tensor in tensors)
     return torch.stack([F.pad(tensor, (0, 0, 0, longest - tensor.shape[1])) for tensor in tensors])
-
-
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.long)

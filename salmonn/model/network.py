@@ -279,7 +279,10 @@ class Network(PreTrainedModel):
         Returns:
             (R, V) logits of the tokens after these.
         """
-        return self.decode_tokens(tokens, cache.advance(num_waiting=num_waiting), cache)
+        positions = cache.advance(num_waiting=num_waiting)
+        if num_padding := positions.shape[1] - len(tokens):
+            tokens = F.pad(tokens, (0, num_padding))
+        return self.decode_tokens(tokens, positions, cache)[: len(cache)]
 
     def decode_tokens(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Return the logits (R, V) after tokens (R,) at positions (3, R, 1), in a step of the cache that began."""

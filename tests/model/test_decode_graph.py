@@ -40,73 +40,77 @@ class Tape(TorchDispatchMode):
         return made[id(wanted)]
 
 
-class Recorder:
-    """Records steps as a CUDA graph does.
+def record(run):
+    """Record a step as a CUDA graph does; the step is run meanwhile, so that it is undone."""
+    cache = run.__closure__[0].cell_contents
+    counters = (cache._columns, cache._positions)
+    before = [one.clone() for one in counters]
+    with Tape() as tape:
+        recorded = run()
+    for counter, old in zip(counters, before, strict=True):
+        counter.copy_(old)
+    result = recorded.clone()
+    return lambda: result.copy_(tape.replay(recorded)), result
 
-    Attributes:
-        num_recorded, num_replayed: numbers of steps.
+
+def generate(captioner, media, *, make_recorder, stop_ids=(-1,), joining=((2, 4),)):
+    """Generate 4 samples of each of two clips, and of a third from the given step on.
+
+    Returns:
+        The tokens, the largest logits of each step, and the decoder.
     """
-
-    def __init__(self) -> None:
-        self.num_recorded = self.num_replayed = 0
-
-    def __call__(self, run):
-        """Record; the step is run meanwhile, so that it is undone."""
-        cache = run.__closure__[0].cell_contents
-        counters = (cache._columns, cache._positions)
-        before = [one.clone() for one in counters]
-        with Tape() as tape:
-            recorded = run()
-        for counter, old in zip(counters, before, strict=True):
-            counter.copy_(old)
-        self.num_recorded += 1
-        result = recorded.clone()
-
-        def replay() -> None:
-            self.num_replayed += 1
-            result.copy_(tape.replay(recorded))
-
-        return replay, result
-
-
-def generate(captioner, media, *, record, is_static=True, stop_ids=(-1,)):
-    """Generate for two clips, and from the fourth step on for a third; returns the tokens, and the largest logits."""
     rows = [PromptRow(0, "Tell."), PromptRow(1, "Say.")]
     batch, found, logits = DecodeBatch(captioner.network, stop_ids=stop_ids, is_ahead=True), {}, []
-    batch.decoder = GraphDecoder(captioner.network, record=record)
+    batch.decoder = GraphDecoder(captioner.network, make_recorder=make_recorder)
     batch.add(captioner.processor.collate(rows, media[:2]), sampling=HOT, num_samples=4, seeds=[1, 2])
-    batch._cache.is_static = is_static
+    joining = dict(joining)
     while batch:
-        if len(logits) == 3:
+        if num_samples := joining.pop(len(logits), 0):
             inputs = captioner.processor.collate(rows[:1], media[2:3])
-            batch.add(inputs, sampling=HOT, num_samples=2, seeds=[3])
+            batch.add(inputs, sampling=HOT, num_samples=num_samples, seeds=[3])
         for row, token in batch.step().items():
             found.setdefault(row, []).append(token.id)
         logits.append(max(float(group.logits.max()) for group in batch._groups) if batch else 0.0)
-    return found, logits
+    return found, logits, batch.decoder
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(decode_graph, "STEPS_BEFORE_RECORDING", 1)
+    monkeypatch.setattr(kv_cache, "PAGE_LENGTH", 64)
 
 
 def test_replayed_steps_equal_others(captioner, media, monkeypatch):
-    """Rows join and are evicted, and the cache grows: each time another step is recorded."""
-    monkeypatch.setattr(decode_graph, "STEPS_BEFORE_RECORDING", 1)
-    monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 5)
-    monkeypatch.setattr(kv_cache, "PAGE_LENGTH", 64)
-    plain, _ = generate(captioner, media, record=None, is_static=False)
+    """Rows end and others join, for which padding makes room, until the cache grows and its tensors are replaced."""
+    monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 6)
+    plain, *_ = generate(captioner, media, make_recorder=None)
     stop_ids = [plain[0][5], plain[2][6], plain[9][7]]
-    expected, expected_logits = generate(captioner, media, record=None, is_static=False, stop_ids=stop_ids)
-    recorder = Recorder()
-    found, logits = generate(captioner, media, record=recorder, stop_ids=stop_ids)
+    expected, expected_logits, decoder = generate(captioner, media, make_recorder=None, stop_ids=stop_ids)
+    assert decoder.num_replayed == 0
+    replayed, step = [], GraphDecoder.step
+
+    def note(decoder, tokens, cache, **options):
+        before = decoder.num_replayed
+        logits = step(decoder, tokens, cache, **options)
+        assert len(logits) == len(tokens)  # no token is sampled for padding
+        if decoder.num_replayed > before:
+            replayed.append((cache.shape, len(cache)))
+        return logits
+
+    monkeypatch.setattr(GraphDecoder, "step", note)
+    found, logits, decoder = generate(captioner, media, make_recorder=lambda: record, stop_ids=stop_ids)
     assert found == expected and logits == pytest.approx(expected_logits, rel=1e-5)
-    assert recorder.num_recorded >= 3 and recorder.num_replayed >= 6
+    assert decoder.num_recorded >= 3 and decoder.num_replayed >= 6
+    counts = [{count for shape, count in replayed if shape == one} for one, _ in replayed]
+    assert max(map(len, counts)) >= 2  # replayed with other rows than those it was recorded with
 
 
-def test_steps_that_cannot_be_recorded(captioner, media, monkeypatch, caplog):
+def test_steps_that_cannot_be_recorded(captioner, media, caplog):
     """They are run; the log has one sentence."""
-    monkeypatch.setattr(decode_graph, "STEPS_BEFORE_RECORDING", 1)
 
     def fail(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    found, _ = generate(captioner, media, record=fail)
+    found, *_ = generate(captioner, media, make_recorder=lambda: fail)
     assert {len(tokens) for tokens in found.values()} == {HOT.max_new_tokens}
     assert caplog.text.count("cannot be recorded as a CUDA graph (operation not permitted") == 1

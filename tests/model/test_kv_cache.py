@@ -32,7 +32,7 @@ class Row:
 class Cache:
     """A KV cache of one layer, beside the rows that it should have."""
 
-    def __init__(self, groups, *, dtype=torch.float32, seed=0, bias: float = 0.0) -> None:
+    def __init__(self, groups, *, dtype=torch.float32, seed=0, bias: float = 0.0, is_static: bool = False) -> None:
         self.generator, self.dtype, self.bias = torch.Generator().manual_seed(seed), dtype, bias
         index, packed_groups, rows = 0, [], 0
         segments: tuple[list[Tensor], list[Tensor]] = [], []
@@ -49,6 +49,7 @@ class Cache:
         self.cache = KVCache(packed, torch.arange(index).expand(3, 1, index))
         self.cache.append(0, *segments, is_suffix=packed.is_suffix)
         self.cache.finalize()
+        self.cache.is_static = is_static
 
     def random(self, *shape: int) -> Tensor:
         """Return random numbers that the dtype represents exactly."""
@@ -63,12 +64,12 @@ class Cache:
     def step(self, *, num_waiting: int = 0) -> float:
         """Decode a token of each row and return the largest error."""
         self.cache.advance(num_waiting=num_waiting)
-        count = len(self.rows)
+        count = self.cache.shape.rows  # in a static cache, with rows that are not in use
         query, key, value = self.random(count, HEADS), self.keys(count).transpose(0, 1), self.random(count, KV_HEADS)
         if self.bias:
             query[..., 3] = 8.0
         output = self.cache.attend(0, *(one.unsqueeze(2).to(self.dtype) for one in (query, key, value)), scale=SCALE)
-        started = self.rows[: count - num_waiting]
+        started = self.rows[: len(self.rows) - num_waiting]
         for row, new_key, new_value in zip(started, key, value, strict=False):
             row.keys, row.values = (
                 torch.cat([row.keys, new_key[:, None]], 1),
@@ -86,19 +87,22 @@ class Cache:
 @pytest.fixture(autouse=True)
 def _short_pages(monkeypatch):
     monkeypatch.setattr(kv_cache, "PAGE_LENGTH", 4)
+    monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 2)
 
 
+@pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize("keep", [keep for n in range(1, 6) for keep in itertools.combinations(range(6), n)])
-def test_ragged_prefixes_and_any_eviction(keep):
-    one = Cache(GROUPS)
+def test_ragged_prefixes_and_any_eviction(keep, is_static):
+    one = Cache(GROUPS, is_static=is_static)
     assert one.step() < 1e-6
     one.evict(keep)
-    assert one.step() < 1e-6 and one.step() < 1e-6
+    assert max(one.step() for _ in range(4)) < 1e-6
 
 
-def test_rows_join_and_leave():
+@pytest.mark.parametrize("is_static", [False, True])
+def test_rows_join_and_leave(is_static):
     """Two caches join, the second while its rows have no token yet; pages that were freed are used again."""
-    one, other = Cache(GROUPS), Cache([(9, [2, 1]), (4, [1])], seed=1)
+    one, other = Cache(GROUPS, is_static=is_static), Cache([(9, [2, 1]), (4, [1])], seed=1)
     one.step()
     one.evict([0, 1, 3, 4, 5])  # the prefix of 3 tokens ends
     one.step()
@@ -110,22 +114,41 @@ def test_rows_join_and_leave():
         assert one.step() < 1e-6
 
 
+def test_padding_changes_nothing_else():
+    """Rows that are not in use write to their own places; tensors stay where they are while rows come and go."""
+    one = Cache(GROUPS, is_static=True)
+    one.step()
+    one.evict([0, 1, 2])
+    cache = one.cache._layers[0]
+    version, used = one.cache.storage_version, len(one.rows)
+    before = [tensor.clone() for pool in cache.pools for tensor in (pool.keys, pool.values)]
+    columns = list(one.cache._lengths)
+    assert one.step() < 1e-6 and one.cache.shape.rows == 4
+    for old, new in zip(before[:4], (one for pool in cache.pools[:2] for one in (pool.keys, pool.values)), strict=True):
+        assert torch.equal(old, new)
+    for old, new in zip(before[4:], (cache.own.keys, cache.own.values), strict=True):
+        changed = (old != new).any(-1).any(1).nonzero().tolist()  # rows and columns
+        assert [place for place in changed if place[0] < used] == [list(one) for one in enumerate(columns)]
+    one.cache.extend(Cache([(3, [1])], seed=1).cache)
+    assert one.cache.storage_version == version and one.cache.shape.rows == 4
+
+
 def test_no_memory_for_rows_that_join(monkeypatch):
     """The rows that were there are decoded as before; steps that were recorded with other tensors are void."""
     one, other = Cache(GROUPS), Cache([(9, [70])], seed=1)
     one.step()
-    version, calls, extend = one.cache.layout_version, [], kv_cache._Pool.extend
+    version, calls, make_room = one.cache.storage_version, [], kv_cache._Pool.make_room
 
     def fail_at_last(*args, **options):
         calls.append(1)
-        extend(*args, **options)
+        make_room(*args, **options)
         if len(calls) == 3:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(kv_cache._Pool, "extend", fail_at_last)
+    monkeypatch.setattr(kv_cache._Pool, "make_room", fail_at_last)
     with pytest.raises(torch.OutOfMemoryError):
         one.cache.extend(other.cache)
-    assert len(one.cache) == 6 and one.cache.layout_version > version
+    assert len(one.cache) == 6 and one.cache.storage_version > version
     assert one.step() < 1e-6 and one.step() < 1e-6
 
 

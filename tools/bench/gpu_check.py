@@ -179,7 +179,7 @@ def measure_decoding(check: GpuCheck) -> Figures:
             "tokens/s": rate * num_clips * num_samples,
             "share of the bandwidth limit": rate / limit,
             "launches a step": launches.total(),
-            "replayed as a CUDA graph": batch.decoder.is_replaying,
+            "replayed as a CUDA graph": batch.decoder.num_replayed > 0,
         }
     config = network.lm.get_decoder().config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
