@@ -27,7 +27,7 @@ from salmonn.preference.losses import Role, make_loss
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
-from salmonn.preference.selection import SelectionConfig, make_selector
+from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Caption, Comparison, parse_record, read_json, read_records, write_json
 from salmonn.train.checkpoint import checkpointed
@@ -186,7 +186,9 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     examples = make_round_examples(number, policy, run, roles=make_loss(config.round_loss).roles)
 
     # Train and merge a fresh LoRA. All rounds are added to the start, and their sum is rounded once.
-    stage = Stage(folder, seed, config.round_loss, config.fit, earlier=adapters_of_rounds(number - 1, config))
+    stage = Stage(
+        folder, seed, config.round_loss, config.round_fit(number), earlier=adapters_of_rounds(number - 1, config)
+    )
     if number > 1 and config.reference_policy == "run_start":
         stage = replace(stage, reference_policy=config.model)
     if number > 1 and config.reference_policy == "mixed":
@@ -276,9 +278,8 @@ def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
         captions,
         ratings,
         run.train,
-        selector=make_selector(replace(config.selection, min_gap=min_gap)),
+        config=replace(config.selection, min_gap=min_gap),
         subset=config.subset,
-        repetition_fraction=config.selection.repetition_fraction,
         source="reward model" if config.reward.kind == "model" else run.reward.name,
         folder=run.folder(number),
     )
@@ -418,9 +419,8 @@ def align_teacher(
         drafts,
         ratings,
         train,
-        selector=make_selector(TEACHER_PAIRS),
+        config=TEACHER_PAIRS,
         subset=SubsetConfig(),
-        repetition_fraction=0.0,
         source="influence" if rebirth.tailor == "teacher" else "random",
         folder=folder,
     )

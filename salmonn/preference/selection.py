@@ -82,6 +82,9 @@ class SelectionConfig:
             an ensemble gave them; none for any.
         repetition_fraction: largest fraction of a round's pairs that are added to these to teach not to repeat: the
             start of a caption with a missing event is chosen over the same with a repeated clause in its place.
+        repeat_negatives: share of the clips that get one more pair: what the best caption says next over one of its
+            clauses said again (`salmonn.preference.repeat_negatives`).
+        inserted_clause: rejected clause of these pairs: the caption's "own", or as a control one of "other" clips.
     """
 
     kind: Literal["best_worst"] = "best_worst"
@@ -91,6 +94,8 @@ class SelectionConfig:
     floors: dict[str, float] | None = None
     min_spreads: float | None = None
     repetition_fraction: float = 0.0
+    repeat_negatives: float = 0.0
+    inserted_clause: Literal["own", "other"] = "own"
 
     def __post_init__(self) -> None:
         if self.min_gap <= 0 or self.max_pairs_per_video < 1:
@@ -100,6 +105,8 @@ class SelectionConfig:
             )
         if not 0 <= self.repetition_fraction < 1:
             raise ValueError(f"repetition_fraction must be from 0 to below 1, got {self.repetition_fraction}")
+        if not 0 <= self.repeat_negatives <= 1:
+            raise ValueError(f"repeat_negatives is a share of the clips from 0 to 1, got {self.repeat_negatives}")
         if unknown := sorted((self.floors or {}).keys() - {*OBJECTIVES, DIALOGUE}):
             raise ValueError(
                 f"floors has no objective {', '.join(unknown)}; the objectives are {', '.join((*OBJECTIVES, DIALOGUE))}"

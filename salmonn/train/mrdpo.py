@@ -104,6 +104,7 @@ class MrDpoConfig(RunConfig):
         loss: loss of the rounds.
         lora: fresh adapter of each round.
         fit: optimization of each round.
+        learning_rate_decay: factor of the learning rate from each round to the next.
         early_stopping: rules that stop the rounds early.
         estimate: what `dry_run` estimates the hours of a round for.
         rebirth: the last stage; none to skip it.
@@ -136,6 +137,7 @@ class MrDpoConfig(RunConfig):
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16)
     )
+    learning_rate_decay: float = 1.0
     early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     estimate: EstimateConfig = field(default_factory=EstimateConfig, metadata=MAY_CHANGE)
     rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
@@ -144,6 +146,8 @@ class MrDpoConfig(RunConfig):
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if not 0 < self.learning_rate_decay < math.inf:
+            raise ValueError(f"learning_rate_decay must be above 0, got {self.learning_rate_decay}")
         if self.references and not self.heldout_references:
             raise ValueError(
                 "references are given without heldout_references, so synthetic clips would decide which round is best; "
@@ -254,6 +258,10 @@ class MrDpoConfig(RunConfig):
                 "selection.floors needs named objectives, which the reward models of the rounds do not have; pass one "
                 "of kind objectives as --reward.model with --reward.refresh-clips 0, or use --reward.kind judge"
             )
+
+    def round_fit(self, number: int) -> FitConfig:
+        """Return the optimization of a round, counted from 1."""
+        return replace(self.fit, learning_rate=self.fit.learning_rate * self.learning_rate_decay ** (number - 1))
 
     @property
     def round_loss(self) -> LossConfig:
@@ -376,6 +384,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
             steps += _example_steps(config, number, choose, rating_file=rating_file, needs=policy)
             examples = steps[-1].name
         training = choose("loss", "lora", "fit", "seed")
+        training["fit.learning_rate"] = config.round_fit(number).learning_rate
         training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
         training |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
         training |= {"num_questions": config.num_questions if number == config.rounds else 0}

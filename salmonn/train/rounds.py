@@ -8,8 +8,9 @@ from pathlib import Path
 from salmonn import dist
 from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.rating import Rating, Reward
+from salmonn.preference.repeat_negatives import select_repeat_negatives
 from salmonn.preference.repetition_pairs import max_repetition_pairs, select_repetition_pairs
-from salmonn.preference.selection import Selector, select_pairs, summarize_pairs
+from salmonn.preference.selection import SelectionConfig, make_selector, select_pairs, summarize_pairs
 from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
 from salmonn.records import Caption, Comparison, write_records
 from salmonn.train.data import ClipSet
@@ -84,9 +85,8 @@ def load_or_select(
     ratings: Sequence[Rating],
     clips: ClipSet,
     *,
-    selector: Selector,
+    config: SelectionConfig,
     subset: SubsetConfig,
-    repetition_fraction: float,
     source: str,
     folder: Path,
 ) -> list[Comparison]:
@@ -95,15 +95,29 @@ def load_or_select(
     `source` is the name of the reward; `folder` is that of the round. Pairs that differ in repetition only are added
     last, as they have no margin that a subset could be chosen by.
     """
+    references = clips.by_video
 
     def select() -> list[Comparison]:
-        selection = select_pairs(captions, ratings, clips.by_video, selector=selector, source=source)
+        selection = select_pairs(captions, ratings, references, selector=make_selector(config), source=source)
         log.info("%s: %s", folder.name, selection.describe())
         pairs = keep_subset(selection.pairs, subset, qualities=selection.qualities, folder=folder)
-        if not (max_added := max_repetition_pairs(len(pairs), repetition_fraction)):
-            return pairs
-        added = select_repetition_pairs(captions, ratings, clips.by_video, max_pairs=max_added, source=source)
-        log.info("%s: added %d pairs that differ in repetition only", folder.name, len(added))
+        added: list[Comparison] = []
+        if max_added := max_repetition_pairs(len(pairs), config.repetition_fraction):
+            added = select_repetition_pairs(captions, ratings, references, max_pairs=max_added, source=source)
+            log.info("%s: added %d pairs of a missing event and a repeated clause", folder.name, len(added))
+        if config.repeat_negatives:
+            negatives = select_repeat_negatives(
+                captions,
+                ratings,
+                references,
+                fraction=config.repeat_negatives,
+                source=source,
+                foreign=config.inserted_clause == "other",
+            )
+            log.info(
+                "%s: added %d pairs of what a caption says next and a clause said again", folder.name, len(negatives)
+            )
+            added += negatives
         return pairs + added
 
     return load_or_create(folder / PAIRS_NAME, Comparison, select)

@@ -375,6 +375,7 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
     base = replace(base, reward=RewardConfig())
     assert changed(replace(base, selection=SelectionConfig(min_gap=0.2))) == ["round_1/pairs", "round_2/pairs"]
     assert changed(replace(base, fit=replace(fit, steps=7))) == ["round_1/model", "round_2/model"]
+    assert changed(replace(base, learning_rate_decay=0.5)) == ["round_2/model"]
     assert changed(replace(base, reference_policy="run_start")) == ["round_2/model"]
     assert changed(replace(base, qa_fraction=0.5)) == ["round_2/model"]  # only the last round has questions
     assert changed(replace(base, early_stopping=EarlyStopConfig(max_worsening=1.0))) == ["rebirth/captions"]
@@ -555,6 +556,7 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
             "selection.min_spreads is 1.0, but the reward models of the rounds have no ensemble",
         ),
         ({"eta": 0.0}, "eta must be above 0"),
+        ({"learning_rate_decay": 0.0}, "learning_rate_decay must be above 0"),
         (
             {"loss": {"kind": "grpo", "beta": 0.0}, "rebirth": RebirthConfig(tailor="teacher")},
             "trains the teacher by guided DPO with the same loss.beta: loss.beta must be above 0",

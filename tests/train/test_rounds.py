@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from salmonn.preference.rating import Rating
-from salmonn.preference.selection import SelectionConfig, make_selector
+from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
 from salmonn.score.metrics import Rates
@@ -122,7 +122,7 @@ def test_a_subset_of_pairs_is_kept_with_its_account(tmp_path, caplog):
 
 
 def test_pairs_that_differ_in_repetition_are_added_after_the_choice_of_a_subset(tmp_path):
-    """Of the pairs of four clips two are kept; with a third for repetition, one more is added."""
+    """Of the pairs of four clips two are kept; one with a missing event and one with a repeated clause are added."""
     videos = [f"{name}.mp4" for name in "abcd"]
     cat, dog = Event("a cat sleeps"), Event("a dog barks")
     captions, ratings = [], []
@@ -139,9 +139,8 @@ def test_pairs_that_differ_in_repetition_are_added_after_the_choice_of_a_subset(
         captions,
         ratings,
         ClipSet([Reference(video, (cat, dog), caption=video) for video in videos], tmp_path),
-        selector=make_selector(SelectionConfig(max_pairs_per_video=1)),
+        config=SelectionConfig(max_pairs_per_video=1, repetition_fraction=1 / 3, repeat_negatives=0.25),
         subset=SubsetConfig(keep=2),
-        repetition_fraction=1 / 3,
         source="rule",
         folder=tmp_path / "round_1",
     )
@@ -149,4 +148,5 @@ def test_pairs_that_differ_in_repetition_are_added_after_the_choice_of_a_subset(
         ("c.mp4", "A cat sleeps.", "A dog runs in."),
         ("d.mp4", "A cat sleeps.", "A dog runs in."),
         ("a.mp4", "A cat sleeps. A dog barks", "A cat sleeps. A cat sleeps"),
+        ("a.mp4", "A cat sleeps.", "A cat sleeps. A cat sleeps."),
     ]
