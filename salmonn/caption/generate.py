@@ -16,6 +16,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from salmonn.caption.constraint import Constraints, JsonGrammars
 from salmonn.caption.generator import Sampling
+from salmonn.caption.nucleus import HostCopy, TokenDraft
 from salmonn.model.decode_graph import GraphDecoder
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.layout import ModelInputs
@@ -24,7 +25,7 @@ from salmonn.model.network import Network
 # Finished rows stay in the batch until they are this fraction of it: evicting them moves tokens of the others in the KV
 # cache, which costs more than computing a few dead rows.
 EVICT_FRACTION = 1 / 8
-NUCLEUS_TOKENS = 1024  # most likely tokens in which a nucleus is looked for before all are sorted
+NUM_SORTED_STEPS = 16  # steps after a nucleus was too large for a draft, in which all tokens are sorted at once
 
 
 class SampledToken(NamedTuple):
@@ -137,6 +138,7 @@ class DecodeBatch:
         """
         for group in self._groups:
             group.cancel(cancelled)
+        self._evict_finished()
         if not self._is_decoded and any(group.is_active and not group.is_waiting for group in self._groups):
             self._decode()
         self._is_decoded = False
@@ -149,6 +151,11 @@ class DecodeBatch:
         if self._is_ahead and self and not any(group.has_constraints for group in active):
             self._decode()
             self._is_decoded = True
+        is_corrected = [group.correct() for group in active]
+        if self._is_decoded and any(is_corrected):
+            assert self._cache is not None
+            self._cache.rewind()
+            self._decode()
         sampled = {row: token for group in active for row, token in group.read_tokens().items()}
         if not self:
             self._groups, self._cache = [], None
@@ -157,21 +164,19 @@ class DecodeBatch:
     def _decode(self) -> None:
         """Compute the logits after the last tokens of all rows."""
         assert self._cache is not None
-        self._evict_finished()
         # Groups that were added since the last step have the logits of their first tokens from prefill.
         started = [group for group in self._groups if not group.is_waiting]
         num_waiting = sum(len(group) for group in self._groups if group.is_waiting)
         tokens = torch.cat([group.tokens for group in self._groups])
         logits = self.decoder.step(tokens, self._cache, num_waiting=num_waiting)
         for group, part in zip(started, logits.split([*map(len, started), num_waiting]), strict=False):
-            group.record_tokens()
             group.logits = part
 
     def _evict_finished(self) -> None:
         """Drop finished rows once they exceed `EVICT_FRACTION`."""
-        assert self._cache is not None
         active = [active for group in self._groups for active in group.active]
-        if active.count(False) >= EVICT_FRACTION * len(active):
+        if any(active) and active.count(False) >= EVICT_FRACTION * len(active):
+            assert self._cache is not None
             self._cache.evict(torch.tensor(active))
             for group in self._groups:
                 group.evict_finished()
@@ -206,6 +211,8 @@ class _PrefillGroup:
         self.tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)  # (R,) last sampled tokens
         self.is_waiting = True  # for its first tokens
         self._num_sampled = 0
+        self._num_sorted_steps = 0
+        self._draft: TokenDraft | None = None
         self._unread: _UnreadTokens | None = None
         self._rows = list(rows)
         self._penalty = penalty
@@ -214,6 +221,7 @@ class _PrefillGroup:
         self._stop_ids = frozenset(stop_ids)
         self._constraints = constraints
         self.active = [True] * len(rows)  # on the host: reading it from the device would wait for the device
+        self._sampled_active = self.active  # rows that were active before the last sampled tokens
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -232,17 +240,14 @@ class _PrefillGroup:
         """End rows by their numbers."""
         self.active = [active and row not in rows for row, active in zip(self._rows, self.active, strict=True)]
 
-    def record_tokens(self) -> None:
-        """Add the last sampled tokens to the history that the repetition penalty applies to."""
-        self._penalty.append(self.tokens)
-
     def evict_finished(self) -> None:
         """Drop finished rows."""
         if all(self.active):
             return
-        active = torch.tensor(self.active)
+        # By indices: the device would have to be waited for to count the rows of a mask.
+        rows = torch.tensor([row for row, active in enumerate(self.active) if active], dtype=torch.long)
         self.tokens, self.logits, self._uniforms, self._penalty.history = (
-            tensor[active.to(tensor.device)]
+            tensor.index_select(0, rows.to(tensor.device, non_blocking=True))
             for tensor in (self.tokens, self.logits, self._uniforms, self._penalty.history)
         )
         if self._constraints is not None:
@@ -251,24 +256,41 @@ class _PrefillGroup:
         self.active = [True] * len(self._rows)
 
     def sample(self) -> None:
-        """Sample the next token of all rows; `read_tokens` returns those of the active ones."""
+        """Sample the next token of all rows; `correct` and `read_tokens` must follow."""
+        if self._num_sampled:
+            self._penalty.append(self.tokens)
         logits = self._penalty(self.logits)
         if self._constraints is not None:
             logits = self._constraints.mask(logits, self.active)
-        self.tokens = sample_tokens(logits, self._uniforms[:, self._num_sampled], sampling=self._sampling)
-        self._unread = _UnreadTokens(self._rows, self.active, self.tokens, self.logits, self._sampling.logprobs)
+        self._draft = TokenDraft(logits, self._uniforms[:, self._num_sampled], sampling=self._sampling)
+        if self._num_sorted_steps:
+            self._num_sorted_steps -= 1
+            self._draft.correct()
+        self.tokens, self._sampled_active = self._draft.tokens, self.active
+        self._unread = _UnreadTokens(self.tokens, self.logits, self._sampling.logprobs)
         self._num_sampled += 1
         if self._num_sampled == self._sampling.max_new_tokens:
             self.active = [False] * len(self.active)
 
+    def correct(self) -> bool:
+        """Correct the last sampled tokens if necessary, and return whether it was; waits for the device."""
+        assert self._draft is not None and self._unread is not None
+        if self._draft.is_final:
+            return False
+        self._num_sorted_steps = NUM_SORTED_STEPS
+        self._draft.correct()
+        self.tokens = self._draft.tokens
+        self._unread = _UnreadTokens(self.tokens, self._unread.logits, self._sampling.logprobs)
+        return True
+
     def read_tokens(self) -> dict[int, SampledToken]:
         """Return the last sampled tokens by row number, and end rows with a stop token."""
         assert self._unread is not None
-        sampled, is_active, rows = self._unread.read(), self._unread.active, self._unread.rows
-        self._unread = None
+        sampled, is_active = self._unread.read(), self._sampled_active
+        self._unread = self._draft = None
         if self._constraints is not None:
             self._constraints.advance([token.id for token in sampled], is_active)
-        returned = dict(compress(zip(rows, sampled, strict=True), is_active))
+        returned = dict(compress(zip(self._rows, sampled, strict=True), is_active))
         self.cancel({row for row, token in returned.items() if token.id in self._stop_ids})
         return returned
 
@@ -277,83 +299,46 @@ class _UnreadTokens:
     """Sampled tokens on their way from the device to the host.
 
     Args:
-        rows: numbers of the R rows.
-        active: (R,) whether each row is active.
         tokens: (R,) token ids.
         logits: (R, V) logits that they were sampled from.
         logprobs: see `Sampling`.
     """
 
-    def __init__(
-        self, rows: Sequence[int], active: Sequence[bool], tokens: Tensor, logits: Tensor, logprobs: int | None
-    ) -> None:
-        self.rows, self.active = rows, active
-        self._read = None if logprobs is None else with_logprobs(tokens, logits, num_top=logprobs)
-        # It is complete when the work before it is; `tolist` on the device would wait for later work, too.
-        self._tokens = tokens.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+    def __init__(self, tokens: Tensor, logits: Tensor, logprobs: int | None) -> None:
+        self.logits = logits
+        figures = () if logprobs is None else compute_logprobs(tokens, logits, num_top=logprobs)
+        self._copies = [HostCopy(one) for one in (tokens, *figures)]
 
     def read(self) -> list[SampledToken]:
-        """Wait for the copy and return the tokens."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return [SampledToken(token) for token in self._tokens.tolist()] if self._read is None else self._read
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Tensor:
-    """Sample one token per row from the nucleus, or take the most likely one at temperature 0.
-
-    Args:
-        logits: (R, V) logits.
-        uniforms: (R,) uniform random numbers from [0, 1).
-        sampling: temperature and nucleus.
-
-    Returns:
-        (R,) token ids.
-    """
-    if not sampling.temperature:
-        return logits.argmax(-1)
-    probabilities, ids = _most_likely((logits / sampling.temperature).softmax(-1), mass=sampling.top_p)
-    cumulative = probabilities.cumsum(-1)
-    # A token belongs to the nucleus if the more likely tokens together do not reach top_p; the first always does. The
-    # clamp is for NaN logits, for which no token would: an index out of range would abort all work on a GPU.
-    sizes = (cumulative - probabilities < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
-    nucleus = cumulative.gather(-1, sizes - 1)
-    index = torch.searchsorted(cumulative, uniforms[:, None] * nucleus, right=True)
-    return ids.gather(-1, index.minimum(sizes - 1)).squeeze(-1)
-
-
-def _most_likely(probabilities: Tensor, *, mass: float) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens in descending order, with at least the given probability in each row.
-
-    A nucleus rarely has more than `NUCLEUS_TOKENS`, and selecting these takes much less time than sorting 152,000.
-
-    Args:
-        probabilities: (R, V).
-        mass: probability.
-
-    Returns:
-        (R, K) probabilities and token ids.
-    """
-    if probabilities.shape[-1] > 4 * NUCLEUS_TOKENS:
-        top, ids = probabilities.topk(NUCLEUS_TOKENS, dim=-1)
-        if (top.sum(-1) >= mass).all():
-            return top, ids
-    return probabilities.sort(dim=-1, descending=True)
+        """Wait for the copies and return the tokens."""
+        tokens, *figures = (copy.read() for copy in self._copies)
+        return to_sampled_tokens(tokens, *figures) if figures else [SampledToken(one) for one in tokens.tolist()]
 
 
 def with_logprobs(tokens: Tensor, logits: Tensor, *, num_top: int) -> list[SampledToken]:
-    """Return sampled tokens with log-probabilities, computed in float32.
+    """Return sampled tokens with log-probabilities; see `compute_logprobs` for the arguments."""
+    return to_sampled_tokens(tokens, *compute_logprobs(tokens, logits, num_top=num_top))
+
+
+def compute_logprobs(tokens: Tensor, logits: Tensor, *, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute log-probabilities in float32.
 
     Args:
         tokens: (R,) token ids.
         logits: (R, V) logits of the model.
         num_top: number of the most likely tokens to add.
+
+    Returns:
+        (R,) log-probabilities of the tokens; (R, num_top) ids and log-probabilities of the most likely ones.
     """
     logprobs = logits.float().log_softmax(-1)
     top_logprobs, top_ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), top_ids, top_logprobs
+
+
+def to_sampled_tokens(tokens: Tensor, chosen: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> list[SampledToken]:
+    """Convert tokens (R,) and the results of `compute_logprobs`."""
     tops = [tuple(zip(*row, strict=True)) for row in zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)]
-    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
     return list(starmap(SampledToken, zip(tokens.tolist(), chosen.tolist(), tops, strict=True)))
 
 

@@ -309,6 +309,13 @@ class KVCache:
         started = len(self) - num_waiting
         self._lengths = [length + (row < started) for row, length in enumerate(self._lengths)]
 
+    def rewind(self) -> None:
+        """Undo the last step, of all rows; the next one takes its place."""
+        count = self.shape.rows
+        self._columns[:count] -= self._increments[:count]
+        self._positions[:, :count] -= self._increments[:count, None]
+        self._lengths = [length - 1 for length in self._lengths]
+
     def _change_layout(self) -> None:
         """Note that rows came or went."""
         self._shape, self._is_reserved = None, False

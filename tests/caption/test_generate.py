@@ -9,11 +9,14 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption import generate as generate_module
+from salmonn.caption import nucleus
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import DecodeBatch, SampledToken, sample_tokens, with_logprobs
+from salmonn.caption.generate import DecodeBatch, SampledToken, with_logprobs
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
 from salmonn.caption.limits import BatchLimits
+from salmonn.caption.nucleus import sample_tokens
 from salmonn.caption.processor import PromptRow
+from salmonn.model.kv_cache import KVCache
 from tests.completions import complete, generate
 
 SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
@@ -129,10 +132,20 @@ def test_a_nucleus_of_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sort", lambda *args, **kwargs: num_sorted.append(1) or sort(*args, **kwargs))
     found = [sample_tokens(logits, uniforms, sampling=sampling) for logits in (peaked, flat)]
     assert len(num_sorted) == 1
-    monkeypatch.setattr(generate_module, "NUCLEUS_TOKENS", 9000)
+    monkeypatch.setattr(nucleus, "NUCLEUS_TOKENS", 9000)
     expected = [sample_tokens(logits, uniforms, sampling=sampling) for logits in (peaked, flat)]
     assert len(num_sorted) == 3
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_samples_do_not_depend_on_other_rows():
+    """Logits in 16 bits are often equal, and their order must not depend on rows whose nucleus is too large."""
+    torch.manual_seed(0)
+    peaked, flat = (4 * torch.randn(64, 9000)).bfloat16().float(), torch.zeros(1, 9000)
+    uniforms, sampling = torch.rand(65), Sampling(temperature=1.0, top_p=0.95)
+    alone = sample_tokens(peaked, uniforms[:64], sampling=sampling)
+    beside = sample_tokens(torch.cat([peaked, flat]), uniforms, sampling=sampling)
+    assert torch.equal(alone, beside[:64])
 
 
 @pytest.mark.parametrize(
@@ -280,12 +293,19 @@ def test_finished_rows_are_removed(captioner, media):
     assert all(active <= size < 8 / 7 * active + 1 for active, size in zip(num_active, sizes[1:], strict=True))
 
 
-def test_decoding_ahead_gives_the_same_tokens(captioner, media):
-    """Rows join, end at a stop token, at their limit or because they are cancelled, some before their first token."""
+def test_decoding_ahead_gives_the_same_tokens(captioner, media, monkeypatch):
+    """Rows join, end at a stop token, at their limit or because they are cancelled, some before their first token.
+
+    Ahead, tokens are drafted from the most likely ones; where these are too few, the next step is done again.
+    """
     inputs = captioner.processor.collate([PromptRow(0, "Tell."), PromptRow(1, "Say.")], media[:2])
-    hot, steps = replace(SAMPLED, temperature=20.0), []
+    hot, steps = replace(SAMPLED, temperature=4.0, top_p=0.8, repetition_penalty=1.3), []
+    num_again, rewind = [], KVCache.rewind
+    monkeypatch.setattr(KVCache, "rewind", lambda cache: num_again.append(1) or rewind(cache))
+    monkeypatch.setattr(generate_module, "NUM_SORTED_STEPS", 1)
 
     def tokens(*, is_ahead: bool, stop_ids: list[int]) -> dict[int, list[SampledToken]]:
+        monkeypatch.setattr(nucleus, "NUCLEUS_TOKENS", 40 if is_ahead else 9000)
         batch, found = DecodeBatch(captioner.network, stop_ids=stop_ids, is_ahead=is_ahead), {}
         batch.add(inputs, sampling=hot, num_samples=4, seeds=[1, 2])
         for step in range(100):
@@ -305,7 +325,7 @@ def test_decoding_ahead_gives_the_same_tokens(captioner, media):
     ids = [{row: [token.id for token in of] for row, of in one.items()} for one in (expected, found)]
     assert ids[0] == ids[1] and len(set(map(len, ids[0].values()))) > 3
     assert 9 not in ids[0] and len(ids[0][1]) == 2 and len(ids[0]) == 11
-    assert steps[1] == steps[2]
+    assert steps[1] == steps[2] and 2 < len(num_again) < steps[2]
 
 
 def test_rows_end_at_their_stop_strings(captioner, media):
