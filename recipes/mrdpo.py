@@ -108,7 +108,7 @@ def main(config: MrDpoConfig) -> None:
     judge = make_judge(config.judge, processes=dist.world_size())
     reward = make_reward(config.reward, judge=judge)
     rating_file = ModelReward.file_name if config.reward.kind == "model" else reward.file_name
-    train, heldout = load_data(config, reward, processor)
+    train, heldout = load_data(config, reward, processor, judge=judge)
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
     open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -17,8 +17,6 @@ from salmonn.config import FlagParser
 from salmonn.records import write_json, write_text
 from salmonn.score.benchmarks import BENCHMARKS, Benchmark
 
-BenchmarkName = Literal["testset", "dream1k", "omnicloze", "avscapbench", "ugc"]
-
 
 def eval_parser() -> FlagParser:
     """Return the arguments of `salmonn eval`."""
@@ -27,7 +25,7 @@ def eval_parser() -> FlagParser:
         description="Score captions on a captioning benchmark. Without --captions, write the list of its videos and "
         f"print the command that captions them with the benchmark's prompt. {listed}."
     )
-    parser.add_argument("benchmark", type=BenchmarkName, help="benchmark: " + ", ".join(BENCHMARKS))
+    parser.add_argument("benchmark", type=str, choices=tuple(BENCHMARKS), help="benchmark")
     files = ", ".join(one.file for one in BENCHMARKS.values())
     parser.add_argument("data", type=Path, help=f"annotations of the benchmark ({files})")
     parser.add_argument(

@@ -26,7 +26,8 @@ def export_parser() -> FlagParser:
     )
     parser.add_argument(
         "--to", nargs="+", type=str, required=True, help="file names that end in .csv (in a spreadsheet, import as "
-        "text), .parquet or .jsonl; or txt, srt, vtt, json for files next to the videos"
+        "text), .parquet or .jsonl; folders of shards that end in .datasets or .webdataset; or txt, srt, vtt, json for "
+        "files next to the videos"
     )  # fmt: skip
     preset_help = (
         "list videos and captions in the columns of this preset (see salmonn caption --preset list), in a file "

@@ -177,9 +177,9 @@ def read_preferences(
     """Read comparisons from any source.
 
     Args:
-        path: folder with captions.jsonl and scores.jsonl or, from a reward model, ratings.jsonl; or with
-            feedback.jsonl; or a file of comparisons, of feedback, of published conversations, or of rows with `prompt`,
-            `chosen`, `rejected` and `video`.
+        path: folder with captions.jsonl and scores.jsonl or, from a reward other than a judge, ratings.jsonl; or
+            with feedback.jsonl; or a file of comparisons, of feedback, of published conversations, or of rows with
+            `prompt`, `chosen`, `rejected` and `video`.
         root: folder that the paths of the videos start from; by default that of the file.
         min_gap, repetition_weight: for judged captions: smallest difference of -(Total + repetition_weight *
             repetition) of a pair; for captions with a reward, of the reward.
@@ -197,7 +197,7 @@ def read_preferences(
         read, left_out = _read_rated(path, ratings, min_gap=min_gap, source=scores.judge_info.judge)
     elif path.is_dir() and (path / RATINGS_NAME).is_file():
         ratings = read_records(path / RATINGS_NAME, Rating)
-        read, left_out = _read_rated(path, ratings, min_gap=min_gap, source="reward model")
+        read, left_out = _read_rated(path, ratings, min_gap=min_gap, source="reward")
     elif path.is_dir():
         if not holds_feedback(path):
             raise FileNotFoundError(

@@ -1,11 +1,12 @@
 """Ratings of captions, and the interface of everything that rates them; needs no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
-from salmonn.records import Reference, Score, Unscored
+from salmonn.records import Reference, Score, Unscored, read_records, write_records
 from salmonn.score.judge import ScoringTask
 
 
@@ -54,34 +55,34 @@ def rewards_by_sample(ratings: Sequence[Rating]) -> dict[tuple[str, int], float]
     return rewards
 
 
-class Reward(Protocol):
-    """Rates captions."""
+class Reward(ABC):
+    """Rates captions. A subclass needs a name and `rate`; its ratings are saved as JSONL.
+
+    Attributes:
+        file_name: file of a round's folder that `save` writes.
+    """
+
+    file_name: ClassVar[str] = "ratings.jsonl"
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Name for records, such as the judge's."""
-        ...
 
-    @property
-    def file_name(self) -> str:
-        """File of a round's folder that `save` writes."""
-        ...
-
-    def check(self, reference: Reference) -> None:
-        """Raise ValueError, saying what to do, if captions cannot be rated against this reference."""
-        ...
-
+    @abstractmethod
     def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
         """Rate captions; results in the order of the tasks.
 
         A call has all captions of its clips, so that a reward can also compare them with one another.
         """
-        ...
+
+    def check(self, reference: Reference) -> None:  # noqa: B027 - most rewards take any reference
+        """Raise ValueError, saying what to do, if captions cannot be rated against this reference."""
 
     def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
         """Write ratings to a file that appears whole or not at all."""
-        ...
+        write_records(path, [one for one in ratings if isinstance(one, Rating)])
 
     def load(self, path: Path) -> list[Rating]:
         """Read the ratings that `save` wrote, without the unscored captions."""
-        ...
+        return read_records(path, Rating)

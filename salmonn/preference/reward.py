@@ -1,6 +1,6 @@
 """Rewards of the recipes, and the factories that build them and their judges from configuration.
 
-To add a reward, implement `Reward` (salmonn/preference/rating.py) in a separate file, and name it in
+To add a reward, write a subclass of `Reward` (salmonn/preference/rating.py) in a separate file, and name it in
 `RewardConfig.kind` and `make_reward`; sampling, selection and training do not change.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from salmonn.preference.rating import Rating
+from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.voter_reward import VoterReward
 from salmonn.records import Reference, Score, Unscored
 from salmonn.score.api_keys import API_KEY_FLAG
@@ -106,7 +106,7 @@ class RewardConfig:
             )
 
 
-class JudgeReward:
+class JudgeReward(Reward):
     """Rates captions by a judge's event counts: -(Total + repetition_weight * repetition).
 
     With a dialogue_weight, dialogue_weight * dialogue accuracy is added. A caption that quotes no speech has accuracy 1
@@ -159,7 +159,7 @@ class JudgeReward:
         )
 
 
-def make_reward(config: RewardConfig, *, judge: Judge) -> JudgeReward | VoterReward:
+def make_reward(config: RewardConfig, *, judge: Judge) -> Reward:
     """Build the reward by the judge; with kind "model" it labels the clips that the model learns from.
 
     Args:

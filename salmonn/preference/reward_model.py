@@ -32,17 +32,14 @@ from salmonn.preference.claims import pool_clauses
 from salmonn.preference.comparisons import AnswerGroup, join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
-from salmonn.preference.rating import Rating
+from salmonn.preference.rating import Rating, Reward
 from salmonn.records import (
     Caption,
     Modality,
-    Reference,
     Unscored,
     parse_json,
-    read_records,
     temporary_path,
     write_json,
-    write_records,
 )
 from salmonn.score.judge import ScoringTask
 from salmonn.score.repetition import count_repeated_words
@@ -449,7 +446,7 @@ def answer_states(
     return AnswerStates(torch.cat(prompt)[inverse], torch.cat([answer[index] for index in inverse]))
 
 
-class ModelReward:
+class ModelReward(Reward):
     """A reward model as the reward of a recipe; it needs no events.
 
     Args:
@@ -459,8 +456,6 @@ class ModelReward:
         repetition_weight: subtracted for a caption that consists of repeated clauses alone, in standard deviations.
         caution: see `RewardModel.rate`.
     """
-
-    file_name = "ratings.jsonl"
 
     def __init__(
         self,
@@ -482,9 +477,6 @@ class ModelReward:
         """Folder of the model."""
         return self.model.name
 
-    def check(self, reference: Reference) -> None:
-        """Accept any reference: none is used."""
-
     def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
         """Rate captions."""
         captions = [task.caption for task in tasks]
@@ -498,11 +490,3 @@ class ModelReward:
             parts = {name: parts[name] for name in weights}
             rated.append(replace(rating, parts={**rating.parts, **parts}, weights={**rating.weights, **weights}))
         return rated
-
-    def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
-        """Write the ratings as JSONL."""
-        write_records(path, [rating for rating in ratings if isinstance(rating, Rating)])
-
-    def load(self, path: Path) -> list[Rating]:
-        """Read the ratings."""
-        return read_records(path, Rating)

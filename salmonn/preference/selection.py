@@ -1,7 +1,7 @@
 """Selection of preference pairs from the rated captions of a clip. Imports no torch.
 
-To add a strategy, implement `Selector` in a file next to this one and name it in `SelectionConfig.kind` and
-`make_selector`.
+To add a selector, write a class with the methods of `Selector`, and name it in `SelectionConfig.kind` and
+`make_selector`. A choice among the pairs of all clips is a subset instead (salmonn/preference/subset.py).
 """
 
 from collections import Counter

@@ -7,23 +7,13 @@ no other beats on average. `exploitability` says how far a policy is from it, as
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 
-from salmonn.preference.rating import Rating
-from salmonn.records import Caption, Reference, Score, Unscored, read_records, write_records
+from salmonn.preference.rating import Rating, Reward
+from salmonn.records import Caption, Reference, Score, Unscored
 from salmonn.score.judge import Judge, ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import SOUND_FORMS, CaptionTraits, Rater, caption_traits
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """Mean probability that a voter prefers a caption to the other samples of its clip; 0.5 if there is no other."""
-
-    video: str
-    sample: int
-    wins: float
 
 
 @dataclass(frozen=True)
@@ -41,10 +31,8 @@ class Exploitability:
     forms: Mapping[str, float]
 
 
-class VoterReward:
+class VoterReward(Reward):
     """Rates a caption by its win rate among the samples of its clip; judges them first, as voters look at scores."""
-
-    file_name = "wins.jsonl"
 
     def __init__(self, judge: Judge, voter: Rater) -> None:
         self.judge = judge
@@ -81,21 +69,8 @@ class VoterReward:
                 continue
             others = [traits[other] for other in by_video[task.caption.video] if other != index]
             wins = fmean(win_probability(self.voter, traits[index], other) for other in others) if others else 0.5
-            ratings.append(self.to_rating(WinRate(result.video, result.sample, wins)))
+            ratings.append(Rating(result.video, {"wins": wins}, {"wins": 1.0}, result.sample))
         return ratings
-
-    def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
-        """Write the win rates."""
-        rated = [one for one in ratings if isinstance(one, Rating)]
-        write_records(path, [WinRate(one.video, one.sample, one.value) for one in rated])
-
-    def load(self, path: Path) -> list[Rating]:
-        """Read the ratings that `save` wrote."""
-        return [self.to_rating(one) for one in read_records(path, WinRate)]
-
-    def to_rating(self, one: WinRate) -> Rating:
-        """Convert a win rate to a rating."""
-        return Rating(one.video, {"wins": one.wins}, {"wins": 1.0}, one.sample)
 
 
 def win_probability(voter: Rater, one: CaptionTraits, other: CaptionTraits) -> float:

@@ -20,6 +20,7 @@ from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Reference
 from salmonn.score.config import JudgeConfig
+from salmonn.score.judge import Judge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, drop_sounds, heldout_config, read_clips, render_clips
 from salmonn.train.dry_run import print_adapter_plan
@@ -41,7 +42,7 @@ LOADING = ("model", "placement", "frames", "reader")
 SAMPLED = {
     f"sampling.{name}" for name in ("temperature", "temperatures", "top_p", "num_samples")
 }  # without effect on greedy captions
-RATING_FILES = ("scores.jsonl", "ratings.jsonl", "wins.jsonl")  # of any kind of reward
+RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of the rewards that come with the package
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,10 @@ class MrDpoConfig(RunConfig):
                 "selection.repetition_fraction needs the judge's quotes of repeated clauses, which reward.kind "
                 f"{self.reward.kind} does not give; set it to 0, or use --reward.kind judge"
             )
-        if self.reward.kind == "voter" and self.selection.floors:
+        if self.reward.kind not in ("judge", "model") and self.selection.floors:
             raise ValueError(
-                "selection.floors needs named objectives, which a voter does not give; use --reward.kind judge"
+                f"selection.floors needs named objectives, which reward.kind {self.reward.kind} does not give; use "
+                "--reward.kind judge"
             )
         if self.reward.kind != "model" and self.selection.min_spreads:
             raise ValueError(
@@ -303,8 +305,8 @@ class MrDpoConfig(RunConfig):
         return round(self.qa_fraction * self.fit.batch_size)
 
 
-def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tuple[ClipSet, ClipSet]:
-    """Load or render the training and the held-out clips.
+def load_data(config: MrDpoConfig, reward: Reward, processor: Processor, *, judge: Judge) -> tuple[ClipSet, ClipSet]:
+    """Load or render the training and the held-out clips; the judge judges the latter whatever the reward.
 
     Raises:
         ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, a text
@@ -312,6 +314,7 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
     """
 
     def check(reference: Reference) -> None:
+        judge.check(reference)
         reward.check(reference)
         check_texts(reference, processor)
 
@@ -419,7 +422,7 @@ def _example_steps(
     ratings = Step(
         f"{folder}/ratings",
         rewarded,
-        files=tuple(f"{folder}/{name}" for name in (*RATING_FILES, *LABEL_FILES)),
+        files=tuple(f"{folder}/{name}" for name in dict.fromkeys((*RATING_FILES, rating_file, *LABEL_FILES))),
         result=f"{folder}/{rating_file}",
         needs=(captions.name, *earlier_labels),
     )

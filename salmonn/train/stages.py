@@ -10,6 +10,7 @@ from salmonn import dist
 from salmonn.model.lora import attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig
+from salmonn.preference.rating import Reward
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.voter_reward import VoterReward
 from salmonn.records import Caption, read_json, write_json
@@ -40,7 +41,7 @@ class Run:
     train: ClipSet
     heldout: ClipSet
     judge: Judge
-    reward: JudgeReward | VoterReward
+    reward: Reward
     server: ServerSampler | None = None
 
     def folder(self, number: int) -> Path:

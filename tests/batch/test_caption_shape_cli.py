@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from salmonn.caption.presets import preset_names
 from salmonn.caption.shape import CaptionShape, Shape
 from salmonn.records import Caption, Failure, read_records
 from salmonn.score.text_spans import count_words
@@ -376,4 +377,4 @@ def test_presets_are_listed(call):
     code, out, _ = call("caption", "--preset", "list")
     assert code == 0 and "ltx2: LTX-2 trainer" in out and "https://github.com/kohya-ss/musubi-tuner" in out
     code, out, _ = call("caption", "--help")
-    assert "Presets for trainers of video generators: hunyuan, ltx2, plain, wan" in " ".join(out.split())
+    assert f"Presets for trainers of video generators: {', '.join(preset_names())};" in " ".join(out.split())

@@ -11,7 +11,7 @@ from salmonn.cli.shape_options import describe_presets
 
 def test_all_presets_can_be_used():
     """Each says where its trainer's format is documented; `plain` is for no particular one."""
-    assert preset_names() == ["hunyuan", "ltx2", "plain", "wan"]
+    assert {"hunyuan", "ltx2", "plain", "wan"} <= set(preset_names())
     for name in preset_names():
         preset = load_preset(name)
         assert preset.description and (preset.documented or name == "plain")
@@ -56,7 +56,8 @@ def test_files_that_are_no_presets(tmp_path, content, message):
 
 
 def test_presets_that_do_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="there is no preset 'ltx3'; choose hunyuan, ltx2, plain, wan, or a file of"):
+    names = ", ".join(preset_names())
+    with pytest.raises(ValueError, match=f"there is no preset 'ltx3'; choose {names}, or a file of"):
         load_preset("ltx3")
     with pytest.raises(ValueError, match=r"none\.yaml: there is no such file"):
         load_preset(str(tmp_path / "none.yaml"))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.reward import RewardConfig, make_reward
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
@@ -22,6 +23,29 @@ class FixedJudge:
 
     def judge(self, tasks, *, seed=0, progress=None):
         return self.results
+
+
+class WordsReward(Reward):
+    """All that a reward has to define."""
+
+    name = "words"
+
+    def rate(self, tasks):
+        return [
+            Rating("v", {"words": float(len(task.caption.text.split()))}, {"words": -1.0}, task.caption.sample)
+            if task.caption.text
+            else Unscored("v", "empty")
+            for task in tasks
+        ]
+
+
+def test_ratings_are_saved_by_default(tmp_path):
+    reward, reference = WordsReward(), Reference("v")
+    reward.check(reference)
+    rated = reward.rate([ScoringTask(reference, Caption("v", text, sample=n)) for n, text in enumerate(("", "a b"))])
+    reward.save(tmp_path / reward.file_name, rated)
+    (loaded,) = reward.load(tmp_path / "ratings.jsonl")
+    assert loaded == rated[1] and (loaded.value, loaded.sample) == (-2.0, 1)
 
 
 def test_judge_reward_by_hand(tmp_path):

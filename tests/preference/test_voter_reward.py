@@ -31,8 +31,8 @@ def test_win_rates_by_hand(tmp_path):
     reward = VoterReward(RuleJudge(), make_voter("cycle"))
     ratings = reward.rate(tasks_of())
     assert [one.value for one in ratings] == pytest.approx([(0.9 + 0.1 + 0.7) / 3] * 3 + [0.3])
-    reward.save(tmp_path / "wins.jsonl", ratings)
-    assert reward.load(tmp_path / "wins.jsonl") == ratings
+    reward.save(tmp_path / reward.file_name, ratings)
+    assert reward.load(tmp_path / reward.file_name) == ratings
     judge = SimpleNamespace(check=lambda _: None)  # that reads any events
     with pytest.raises(ValueError, match=r"voter is for synthetic clips only: .*'a man sings'"):
         VoterReward(judge, make_voter("cycle")).check(replace(REFERENCE, events=(Event("a man sings"),)))

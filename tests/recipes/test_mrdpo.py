@@ -36,7 +36,7 @@ from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet
 from salmonn.train.loop import FitConfig
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_log import RewardRound
@@ -278,7 +278,7 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     result = launch("mrdpo", out=out, **flags | changed)
     assert result.returncode == 0, result.stderr
     folder = out / "round_2"
-    wins = {line["wins"] for line in map(json.loads, (folder / "wins.jsonl").read_text().splitlines())}
+    wins = {line["parts"]["wins"] for line in map(json.loads, (folder / "ratings.jsonl").read_text().splitlines())}
     assert len(wins) > 1 and all(0 <= one <= 1 for one in wins)
     start, own = (json.loads((folder / f"{name}_logps.json").read_text())["logps"] for name in ("start", "reference"))
     assert len(start) == len(own) and start != own
@@ -339,6 +339,12 @@ def test_changed_settings_redo_only_what_depends_on_them(finished, launch, flags
     }
     steps = [json.loads(line) for line in (out / "round_1" / "steps.jsonl").read_text().splitlines()]
     assert steps[0]["learning_rate"] == pytest.approx(0.001)
+
+
+def test_ratings_of_any_reward_are_deleted_with_their_step():
+    clips = ClipSet([Reference("a.mp4", caption="a star")], Path("clips"))
+    steps = plan_steps(MrDpoConfig(), clips, clips, rating_file="own.jsonl")
+    assert "round_1/own.jsonl" in next(step.files for step in steps if step.name == "round_1/ratings")
 
 
 def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
@@ -548,7 +554,7 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ),
         (
             {"reward": RewardConfig("voter"), "selection": {"floors": {"faithful": 0.8}}},
-            "named objectives, which a voter does not give",
+            "named objectives, which reward.kind voter does not give",
         ),
         ({"selection": {"min_spreads": 1.0}}, "reward.kind judge does not give; leave it out"),
         (
@@ -611,9 +617,9 @@ def test_unusable_references_are_rejected_before_anything_is_written(
 ):
     recipe = load_recipe("mrdpo")
     monkeypatch.setattr(recipe.dist, "setup", lambda **_: None)  # keep the tests' threads and logging
-    monkeypatch.setattr(
-        recipe, "make_reward", lambda *_, **__: SimpleNamespace(check=lambda _: None, file_name="scores.jsonl")
-    )
+    lenient = SimpleNamespace(check=lambda _: None, file_name="scores.jsonl")
+    for name in ("make_judge", "make_reward"):
+        monkeypatch.setattr(recipe, name, lambda *_, **__: lenient)
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(videos[0], tmp_path / name)
     references, heldout = tmp_path / "references.jsonl", tmp_path / "heldout.jsonl"
@@ -635,6 +641,14 @@ def test_unusable_references_are_rejected_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_held_out_clips_suit_the_judge_whatever_the_reward(captioner, videos, tmp_path):
+    shutil.copy(videos[0], tmp_path / "a.mp4")
+    write_records(tmp_path / "references.jsonl", [Reference("a.mp4", caption="a star appears")])
+    config = MrDpoConfig(references=tmp_path / "references.jsonl", heldout_references=tmp_path / "references.jsonl")
+    with pytest.raises(ValueError, match=r"line 1: .* has no event list"):
+        load_data(config, SimpleNamespace(check=lambda _: None), captioner.processor, judge=RuleJudge())
+
+
 def test_clips_that_cannot_be_tailored_are_rejected_before_the_rounds(captioner, videos, tmp_path):
     shutil.copy(videos[0], tmp_path / "a.mp4")
     references, heldout = tmp_path / "references.jsonl", tmp_path / "heldout.jsonl"
@@ -652,7 +666,7 @@ def test_clips_that_cannot_be_tailored_are_rejected_before_the_rounds(captioner,
     ):
         write_records(references, [Reference("a.mp4", caption=caption)])
         with pytest.raises(ValueError, match=message):
-            load_data(config, reward, captioner.processor)
+            load_data(config, reward, captioner.processor, judge=reward)
 
 
 def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, random_model, tmp_path, monkeypatch):
