@@ -120,7 +120,9 @@ class Family(ABC):
     def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module | None, Any]:
         """Build vision tower, audio tower (None if the model does not hear) and language model, with fresh weights.
 
-        Both towers output the language model's width D; the vision tower (1 + K) D, see `num_deep_layers`.
+        A tower returns the tokens of each clip: (N_i, D), or (N_i, (1 + K) D) from a vision tower with deep features,
+        see `num_deep_layers`. The vision tower takes the `pixels` and the `grid` of each clip's `ClipInputs`, the audio
+        tower each clip's `mel`. The encoder itself, a model of transformers, is their attribute `encoder`.
 
         Args:
             attn_implementation: attention of the towers, as transformers names it.
