@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -163,8 +163,8 @@ class LossConfig:
                 "loss.clip_low must be between 0 and 1 and loss.clip_high above 0, got "
                 f"{self.clip_low} and {self.clip_high}"
             )
-        if self.kind not in get_args(LossName):
-            raise ValueError(f"loss.kind must be one of {', '.join(get_args(LossName))}, got {self.kind!r}")
+        if self.kind not in (kinds := (*PAIR_LOSSES, "grpo")):
+            raise ValueError(f"loss.kind must be one of {', '.join(kinds)}, got {self.kind!r}")
         if self.per == "clause" and self.kind != "sigmoid":
             raise ValueError(f"loss.kind {self.kind} has no loss of clauses; use sigmoid, or set loss.per caption")
         if not 0 <= self.label_smoothing < 0.5:

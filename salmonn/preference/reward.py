@@ -7,7 +7,7 @@ To add a reward, write a subclass of `Reward` (salmonn/preference/rating.py) in 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.voter_reward import VoterReward
@@ -166,9 +166,15 @@ def make_reward(config: RewardConfig, *, judge: Judge) -> Reward:
         config: kind and weights.
         judge: judge of the run, which the judge reward uses.
     """
-    if config.kind == "voter":
-        return VoterReward(judge, make_voter(config.voter))
-    return JudgeReward(judge, repetition_weight=config.repetition_weight, dialogue_weight=config.dialogue_weight)
+    match config.kind:
+        case "judge" | "model":
+            return JudgeReward(
+                judge, repetition_weight=config.repetition_weight, dialogue_weight=config.dialogue_weight
+            )
+        case "voter":
+            return VoterReward(judge, make_voter(config.voter))
+        case _:
+            assert_never(config.kind)
 
 
 def make_judge(
@@ -182,12 +188,16 @@ def make_judge(
         processes: number of processes that share the request caps and the concurrency.
         client: client of the language model; None makes one.
     """
-    if config.kind == "rule":
-        return RuleJudge()
-    client = client or make_llm_client(config, processes=processes)
-    if published:
-        return LLMJudge(client, templates=TEMPLATES, as_published=True)
-    return LLMJudge(client, templates=[EventPrompt()] * config.attempts)
+    match config.kind:
+        case "rule":
+            return RuleJudge()
+        case "openai":
+            client = client or make_llm_client(config, processes=processes)
+            if published:
+                return LLMJudge(client, templates=TEMPLATES, as_published=True)
+            return LLMJudge(client, templates=[EventPrompt()] * config.attempts)
+        case _:
+            assert_never(config.kind)
 
 
 def make_llm_client(

@@ -7,7 +7,7 @@ To add a selector, write a class with the methods of `Selector`, and name it in 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, assert_never
 
 from salmonn.preference.objectives import DIALOGUE, OBJECTIVES, objectives_of
 from salmonn.preference.rating import Rating
@@ -193,7 +193,11 @@ class BestWorstSelector:
 
 def make_selector(config: SelectionConfig) -> Selector:
     """Build the selector that the configuration names."""
-    return BestWorstSelector(config)
+    match config.kind:
+        case "best_worst":
+            return BestWorstSelector(config)
+        case _:
+            assert_never(config.kind)
 
 
 @dataclass(frozen=True)

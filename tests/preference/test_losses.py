@@ -1,6 +1,7 @@
 """Losses, with every expected value derived by hand."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from salmonn.preference.losses import (
     Clauses,
     LogRatios,
     LossConfig,
+    LossName,
     RoleLogps,
     TokenLogps,
     grpo_loss,
@@ -140,6 +142,10 @@ def test_each_loss_by_hand(name):
     assert chosen.grad.item() == pytest.approx(chosen_slope, abs=1e-7)
     assert rejected.grad.item() == pytest.approx(rejected_slope, abs=1e-7)
     assert mismatched.grad is None
+
+
+def test_every_named_loss_is_registered():
+    assert set(get_args(LossName)) == {*PAIR_LOSSES, "grpo"}
 
 
 def test_label_smoothing_of_dpo_by_hand():
