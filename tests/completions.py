@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.constraint import JsonGrammars
 from salmonn.caption.generate import DecodeBatch, SampledToken
@@ -11,7 +13,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Completion
 from salmonn.model.layout import ClipInfo, ModelInputs
-from salmonn.model.network import Network
+from salmonn.model.network import DecodeFunction, Network
 
 
 def complete(
@@ -67,3 +69,15 @@ def generate(
         for row, token in batch.step().items():
             generated[row].append(token)
     return generated
+
+
+@torch.no_grad()
+def decode_difference(network: Network, inputs: ModelInputs, layers: DecodeFunction) -> float:
+    """Return the largest difference of logits, in standard deviations, that layers make in three decode steps."""
+    (logits, expected_cache, _), (_, cache, _) = network.prefill(inputs), network.prefill(inputs)
+    found = []
+    for _ in range(3):
+        tokens = logits.argmax(-1)
+        logits = network.decode_step(tokens, expected_cache)
+        found.append(float((network.decode_step(tokens, cache, layers=layers) - logits).abs().max() / logits.std()))
+    return max(found)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salmonn.model.decode_layers import make_decode_layers
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.kv_tables import StepShape
 from salmonn.model.network import Network
@@ -50,13 +51,16 @@ class GraphDecoder:
             allows them). A recorder is used for as long as the cache keeps its tensors.
 
     Attributes:
+        layers: runs steps through the layers with fewer kernels; None for transformers' layers (default: on one GPU).
         num_recorded, num_replayed: numbers of steps so far.
     """
 
     def __init__(self, network: Network, *, make_recorder: Callable[[], Record] | None = None) -> None:
         self.network = network
         self.num_recorded = self.num_replayed = 0
-        self._make_recorder = make_recorder or (CudaGraphRecorder if _is_on_one_gpu(network) else None)
+        is_on_one_gpu = _is_on_one_gpu(network)
+        self._make_recorder = make_recorder or (CudaGraphRecorder if is_on_one_gpu else None)
+        self.layers = make_decode_layers(network) if is_on_one_gpu and isinstance(network, Network) else None
         self._record: Record | None = None
         self._storage: tuple[KVCache, int] | None = None  # that recorded steps refer to
         self._num_steps: Counter[StepShape] = Counter()
@@ -66,7 +70,7 @@ class GraphDecoder:
         """Do the same as `Network.decode_step`."""
         cache.is_static = self._make_recorder is not None
         if self._make_recorder is None or num_waiting:
-            return self.network.decode_step(tokens, cache, num_waiting=num_waiting)
+            return self.network.decode_step(tokens, cache, num_waiting=num_waiting, layers=self.layers)
         cache.reserve()
         if self._storage is None or self._storage[0] is not cache or self._storage[1] != cache.storage_version:
             self._storage, self._record = (cache, cache.storage_version), self._make_recorder()
@@ -77,7 +81,7 @@ class GraphDecoder:
             self._record_step(shape, tokens, cache)
         self._num_steps[shape] += 1
         if shape not in self._recorded:
-            return self.network.decode_step(tokens, cache)
+            return self.network.decode_step(tokens, cache, layers=self.layers)
         self._recorded[shape] = recorded = self._recorded.pop(shape)
         cache.count_step()
         self.num_replayed += 1
@@ -89,7 +93,10 @@ class GraphDecoder:
     def _record_step(self, shape: StepShape, tokens: Tensor, cache: KVCache) -> None:
         assert self._record is not None
         padded = tokens.new_zeros(shape.rows)
-        run = lambda: self.network.decode_tokens(padded, cache.start_step(), cache)  # noqa: E731
+
+        def run() -> Tensor:
+            return self.network.decode_tokens(padded, cache.start_step(), cache, layers=self.layers)
+
         try:
             with torch.cuda.device_of(tokens):
                 self._recorded[shape] = _RecordedStep(padded, *self._record(run))

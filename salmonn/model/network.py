@@ -1,6 +1,6 @@
 """The audio-visual language model: towers encode clips to tokens that are inserted into the decoder's text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -25,6 +25,8 @@ UNUSED_WEIGHTS = (r"post_layernorm", r"position_ids")  # of published towers, wh
 # More tokens are no faster and take memory. On a CPU they are slower by a sixth, since the allocator returns tensors of
 # that size to the system and every page has to be mapped again.
 PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS_CPU = 8192, 1024
+
+DecodeFunction = Callable[[Tensor, Tensor, AttentionBackend], Tensor]
 
 
 @dataclass(frozen=True)
@@ -268,13 +270,16 @@ class Network(PreTrainedModel):
         cache.finalize()
         return self._logits(torch.cat(last_hidden)), cache, packed.row_order
 
-    def decode_step(self, tokens: Tensor, cache: KVCache, *, num_waiting: int = 0) -> Tensor:
+    def decode_step(
+        self, tokens: Tensor, cache: KVCache, *, num_waiting: int = 0, layers: DecodeFunction | None = None
+    ) -> Tensor:
         """Run one more token (R,) of each cached row through the decoder.
 
         Args:
             tokens: (R,) token ids.
             cache: KV cache of the R rows.
             num_waiting: number of rows at the end that have no token yet; what is computed for them has no effect.
+            layers: see `decode_tokens`.
 
         Returns:
             (R, V) logits of the tokens after these.
@@ -282,12 +287,21 @@ class Network(PreTrainedModel):
         positions = cache.advance(num_waiting=num_waiting)
         if num_padding := positions.shape[1] - len(tokens):
             tokens = F.pad(tokens, (0, num_padding))
-        return self.decode_tokens(tokens, positions, cache)[: len(cache)]
+        return self.decode_tokens(tokens, positions, cache, layers=layers)[: len(cache)]
 
-    def decode_tokens(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (R, V) after tokens (R,) at positions (3, R, 1), in a step of the cache that began."""
-        embeds = Embedded(self.lm.get_input_embeddings()(tokens[:, None]))
-        return self._logits(self._run_decoder(embeds, positions, cache)[:, 0])
+    def decode_tokens(
+        self, tokens: Tensor, positions: Tensor, cache: KVCache, *, layers: DecodeFunction | None = None
+    ) -> Tensor:
+        """Compute the logits (R, V) after tokens (R,) at positions (3, R, 1), in a step of the cache that began.
+
+        Args:
+            tokens, positions, cache: see above.
+            layers: runs embedded tokens (R, D) through the layers, in place of the decoder's forward.
+        """
+        embeds = self.lm.get_input_embeddings()(tokens)
+        if layers is not None:
+            return self._logits(layers(embeds, positions, cache))
+        return self._logits(self._run_decoder(Embedded(embeds.unsqueeze(1)), positions, cache)[:, 0])
 
     def _run_packed(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> Tensor:
         """Return the hidden states of a packed sequence, (T, D)."""

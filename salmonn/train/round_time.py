@@ -19,17 +19,16 @@ from rich.table import Table
 
 from salmonn import dist
 from salmonn.caption.generate import EVICT_FRACTION
-from salmonn.model.decode_graph import STEPS_BEFORE_RECORDING
 from salmonn.model.kv_cache import PAGE_LENGTH
 from salmonn.model.memory import Stack
 from salmonn.train.dry_run import MemoryPlan
 
 PREFILL_SHARE, TRAINING_SHARE = 0.45, 0.35  # of the peak FLOPs, without and with a backward pass
-LAUNCHES_PER_LAYER = 58  # of a decode step: 1,614 in 28 layers, counted by tools/bench/decode_ops.py
+LAUNCHES_PER_LAYER = 37  # of a decode step: 1,017 in 28 layers, counted by tools/bench/decode_ops.py
 LAUNCH_SECONDS = 15e-6  # of Python, PyTorch and driver
-# Steps after a change of the rows that are not replayed as a CUDA graph: the one in which clips join, those before the
-# recording, and the recording, which is assumed to take as long as two.
-LAUNCHED_STEPS = STEPS_BEFORE_RECORDING + 3
+# Steps after a change of the rows that are not replayed as a CUDA graph: the one in which clips join, and one for those
+# that are launched before a new shape is recorded; most shapes have occurred before.
+LAUNCHED_STEPS = 2
 ROWS_ALIVE = 0.84  # mean share of the rows in use, simulated (docs/performance.md)
 PAGE_PASSES = 5  # in which attention's outputs for the pages of a prefix are written or read
 READ_SECONDS = 2.0  # of one core for a clip of 51 s, 720p

@@ -24,6 +24,7 @@ from salmonn.caption.prompt import train_tokenizer
 from salmonn.conversations import Turn
 from salmonn.media.clip import Clip
 from salmonn.media.container import ClipError
+from salmonn.model.decode_layers import make_decode_layers
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
 from salmonn.model.publish import write_adapter
@@ -44,7 +45,7 @@ from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample
 from salmonn.train.reference_logps import compute_reference_logps
-from tests.completions import generate
+from tests.completions import decode_difference, generate
 from tests.exactness import assert_close, assert_equal
 from tests.qwen3_vl import expected_inputs, save_tiny
 
@@ -153,6 +154,12 @@ def test_logits(captioner, published, inputs, expected):
     for row, theirs in enumerate(expected):
         logits_of_row = published(**theirs).logits[0, -1]
         assert_close(logits[order.index(row)], logits_of_row, of="qwen3-vl", what="logits", atol=1e-4)
+
+
+def test_decode_steps_with_fewer_kernels(captioner, inputs):
+    """Queries and keys are normed before their rotation."""
+    layers = make_decode_layers(captioner.network)
+    assert layers is not None and decode_difference(captioner.network, inputs, layers) < 1e-5
 
 
 @torch.no_grad()

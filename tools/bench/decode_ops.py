@@ -3,7 +3,9 @@
     python tools/bench/decode_ops.py [--layers 28] [--prefix 25110]
 
 Counted on a CPU at the level at which PyTorch chooses kernels, views left out. Layers and heads are those of a 7B. For
-whole steps all else is small; attention is also counted alone, at full size.
+whole steps all else is small; attention is also counted alone, at full size. Steps are counted through the layers of
+transformers, as a CPU runs them, and with the functions that a GPU runs compiled, each of which counts once for every
+result of a shape of its own. With `--compile true` these functions are also compiled for the CPU and compared.
 """
 
 from collections import Counter
@@ -16,12 +18,19 @@ from jsonargparse import CLI
 from model import PROMPT, SHAPES, make_captioner, make_clip
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
+from salmonn.model.decode_layers import (
+    DecodeLayers,
+    LayerSizes,
+    Pointwise,
+    compile_functions,
+    largest_difference,
+)
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.packing import PackedBatch, PrefixGroup
@@ -57,7 +66,22 @@ class OperatorCounter(TorchDispatchMode):
         return result
 
 
-def count_step(*, layers: int, num_clips: int, num_samples: int) -> OperatorCounter:
+def counted_pointwise(counter: OperatorCounter) -> Pointwise:
+    """Return plain functions that are counted as compiled ones."""
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            with _disable_current_modes():
+                result = function(*arguments)
+            counter.counts[name] += len({one.shape for one in tree_leaves(result)})
+            return result
+
+        return call
+
+    return Pointwise(*map(counted, Pointwise._fields, Pointwise()))
+
+
+def count_step(*, layers: int, num_clips: int, num_samples: int, is_fused: bool) -> OperatorCounter:
     """Count the operators of a decode step of several clips with several samples each."""
     shape = replace(SHAPES["small"], layers=layers, heads=HEADS, kv_heads=KV_HEADS, width=8 * HEADS, num_frames=64)
     captioner = make_captioner(shape)
@@ -66,12 +90,15 @@ def count_step(*, layers: int, num_clips: int, num_samples: int) -> OperatorCoun
     features = ClipFeatures(torch.randn(len(layout.order), shape.width), layout)
     rows = [PromptRow(number, PROMPT) for number in range(num_clips)]
     inputs = captioner.processor.collate(rows, [features] * num_clips)
-    batch = DecodeBatch(captioner.network, stop_ids=[])
+    batch, counter = DecodeBatch(captioner.network, stop_ids=[]), OperatorCounter()
+    if is_fused:
+        batch.decoder.layers = DecodeLayers(captioner.network, counted_pointwise(counter))
     sampling = Sampling(temperature=1.0, max_new_tokens=9)
     batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=range(num_clips))
     for _ in range(2):  # the first step makes room for tokens
         batch.step()
-    with OperatorCounter() as counter:
+    counter.counts.clear()
+    with counter:
         batch.step()
     return counter
 
@@ -95,16 +122,22 @@ def count_attention(*, prefix: int, num_clips: int, num_samples: int) -> Operato
     return counter
 
 
-def main(layers: int = 28, prefix: int = 25_110, most: int = 0) -> None:
-    """Print two tables: a decode step, and attention of one layer.
+def main(layers: int = 28, prefix: int = 25_110, most: int = 0, compile: bool = False) -> None:
+    """Print three tables: a decode step through the layers of transformers, and with fewer kernels; and attention.
 
     Args:
         layers: layers of the decoder.
         prefix: tokens of each clip and its prompt, for attention; the default is a clip of 51 s of video-SALMONN 2+.
         most: number of the most frequent operators to print.
+        compile: also compile the functions of a GPU, and print how much they differ from plain ones.
     """
+    if compile:
+        sizes, cpu = LayerSizes(3584, 18_944, HEADS, KV_HEADS, HEAD_WIDTH), torch.device("cpu")
+        difference = largest_difference(compile_functions(), cpu, torch.float32, sizes)
+        Console().print(f"largest difference of compiled functions in float32: {difference:.1e}")
     for title, count in (
-        (f"a decode step of {layers} layers", partial(count_step, layers=layers)),
+        (f"a decode step of {layers} layers of transformers", partial(count_step, layers=layers, is_fused=False)),
+        (f"a decode step of {layers} layers with compiled parts", partial(count_step, layers=layers, is_fused=True)),
         (
             f"attention of one layer to {prefix:,} tokens of each clip, in float32",
             partial(count_attention, prefix=prefix),
