@@ -19,7 +19,6 @@ from salmonn.media.clip import Clip
 from salmonn.media.readers import load_reader
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
-from salmonn.model.families.base import PAD, TURN_END
 from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, Layout, ModelInputs, text_positions
 from salmonn.records import Modality
 
@@ -89,8 +88,8 @@ class Processor:
         needed = [*self.family.required_tokens, *placeholders]
         if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; it does not belong to a {config.family} model")
-        self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)
-        self.stop_ids: list[int] = tokenizer.convert_tokens_to_ids([TURN_END, PAD])
+        self.pad_id: int = tokenizer.convert_tokens_to_ids(self.family.pad_token)
+        self.stop_ids: list[int] = tokenizer.convert_tokens_to_ids([self.family.turn_end, self.family.pad_token])
 
     @classmethod
     def load(
@@ -256,6 +255,10 @@ class Processor:
         encoded = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
         return [(start, end) for start, end in encoded["offset_mapping"]]
 
+    def answer_ids(self, answer: str, *, finished: bool = True) -> list[int]:
+        """Tokenize an answer and, if it is finished, the end of its message; raises what `prompt.answer_ids` raises."""
+        return answer_ids(self.tokenizer, answer, end=self.family.turn_end if finished else None)
+
     def collate(self, rows: Sequence[PromptRow], clips: Sequence[ClipInputs | ClipFeatures]) -> ModelInputs:
         """Collate rows about clips into a batch, padded on the right.
 
@@ -270,7 +273,7 @@ class Processor:
         for row in rows:
             prompt = Prompt(row.prompt, row.history, row.system, row.clip_turn)
             ids = self._prompt_ids(prompt, placeholders[row.clip])
-            answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer, finished=row.finished)
+            answer = [] if row.answer is None else self.answer_ids(row.answer, finished=row.finished)
             input_ids.append(ids + answer)
             labels.append([-100] * len(ids) + answer)
         longest = max(map(len, input_ids))

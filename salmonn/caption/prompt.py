@@ -92,15 +92,15 @@ def prompt_ids(
     return [*head, *placeholders, *(token for ids in tail for token in ids)]
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, finished: bool = True) -> list[int]:
-    """Tokenize an answer and, if it is finished, the end of its message.
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, end: str | None) -> list[int]:
+    """Tokenize an answer and the token that ends its message; None for an answer without an end.
 
     Raises:
         ValueError: the answer contains a special token.
     """
     refuse_special_tokens(tokenizer, [answer], what="answer")
-    end = [tokenizer.convert_tokens_to_ids(TURN_END)] if finished else []
-    return [*tokenizer.encode(answer, add_special_tokens=False), *end]
+    end_ids = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
+    return [*tokenizer.encode(answer, add_special_tokens=False), *end_ids]
 
 
 def refuse_special_tokens(

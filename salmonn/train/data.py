@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
-from salmonn.caption.prompt import LIST_EVENTS, answer_ids, refuse_special_tokens
+from salmonn.caption.prompt import LIST_EVENTS, refuse_special_tokens
 from salmonn.conversations import Conversation, Turn
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
@@ -412,8 +412,7 @@ class SftBatches:
     def micro_batches(self, step: int) -> list[SftBatch]:
         """Return this rank's micro-batches of a step."""
         batch = batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed)
-        tokenizer = self.processor.tokenizer
-        num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in batch for turn in example.turns)
+        num_tokens = sum(len(self.processor.answer_ids(turn.answer)) for example in batch for turn in example.turns)
         mean_num_tokens = num_tokens / dist.world_size()
         micro_batches = []
         for part in split_evenly(dist.shard(batch, first=self.first_rank), self.gradient_accumulation_steps):

@@ -51,9 +51,9 @@ def test_a_prompt_is_a_chat_message(tokenizer):
 
 
 def test_an_answer_ends_with_the_end_of_its_message(tokenizer):
-    ids = answer_ids(tokenizer, "a tone")
+    ids = answer_ids(tokenizer, "a tone", end=TURN_END)
     assert ids[-1] == 2 and tokenizer.decode(ids[:-1]) == "a tone"
-    assert answer_ids(tokenizer, "") == [2]
+    assert answer_ids(tokenizer, "", end=TURN_END) == [2] and answer_ids(tokenizer, "", end=None) == []
 
 
 @pytest.mark.parametrize("special", ["<|video_pad|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])

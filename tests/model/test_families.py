@@ -13,7 +13,7 @@ from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model import families
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import FAMILIES, PUBLISHED_CONFIGS, from_published, get_family
-from salmonn.model.families.base import CLIP_END, CLIP_START
+from salmonn.model.families.base import CHAT_TEMPLATE, CLIP_END, CLIP_START, PAD, TURN_END, TURN_START
 from salmonn.model.families.salmonn2 import Salmonn2
 from salmonn.model.loading import load_config
 from salmonn.model.network import Network
@@ -29,6 +29,9 @@ class OtherFamily(Salmonn2):
     title = "a test model (other_type)"
     published_configs: ClassVar = {}
     penalizes_prompt = True
+    turn_end = PAD
+    chat_template = CHAT_TEMPLATE.replace(TURN_END, PAD)
+    required_tokens: ClassVar = (PAD, TURN_START)
 
     @classmethod
     def can_read(cls, values):
@@ -54,16 +57,17 @@ def other(monkeypatch, random_model, tmp_path):
 
 
 def test_a_backbone_is_added_by_one_class(other, videos):
-    """Its timestamps, clip markers and penalty are used without changes elsewhere."""
+    """Its timestamps, clip markers, ends of messages and penalty are used without changes elsewhere."""
     clip = other.processor.read(videos[0])
     layout = other.processor.make_layout(clip)
     timestamps = other.processor.tokenizer.decode(list(layout.timestamp_ids))
     assert timestamps == "".join(f"<{number}>" for number in range(clip.num_frames))
     (answer,) = complete(other, [clip], ["Tell."], sampling=Sampling(max_new_tokens=5))
     assert isinstance(answer.text, str) and isinstance(other.network.family, OtherFamily)
-    inputs = other.processor.collate([PromptRow(0, "Tell.")], [clip])
-    markers = other.processor.tokenizer.convert_tokens_to_ids([CLIP_START, CLIP_END])
-    assert [int((inputs.input_ids == marker).sum()) for marker in markers] == [1, 1]
+    inputs = other.processor.collate([PromptRow(0, "Tell.", "A star.")], [clip])
+    markers = other.processor.tokenizer.convert_tokens_to_ids([CLIP_START, CLIP_END, TURN_END, PAD])
+    assert [int((inputs.input_ids == marker).sum()) for marker in markers] == [1, 1, 0, 2]
+    assert inputs.labels[0, -1] == markers[-1] and other.processor.stop_ids[0] == markers[-1]
 
 
 def test_a_published_config_finds_its_family(monkeypatch):

@@ -72,6 +72,7 @@ class Family(ABC):
         decoder_prefix: path of the decoder within `Network.lm`; published adapters have "model." in its place.
         sampler_class: frame sampler, whose arguments are `config.frames`.
         chat_template: Jinja template of a chat, as transformers takes it.
+        turn_end, pad_token: token that ends a message of this template, and token of the padding; both end an answer.
         required_tokens: special tokens that the tokenizer must have.
         placeholder_tokens: tokens that stand for visual and audio tokens in the text, unless their ids are negative.
         config_parts: sections that a saved config.json must have.
@@ -89,6 +90,8 @@ class Family(ABC):
     decoder_prefix: ClassVar[str]
     sampler_class: ClassVar[Any]
     chat_template: ClassVar[str] = CHAT_TEMPLATE
+    turn_end: ClassVar[str] = TURN_END
+    pad_token: ClassVar[str] = PAD
     required_tokens: ClassVar[tuple[str, ...]] = (PAD, TURN_START, TURN_END)
     placeholder_tokens: ClassVar[tuple[str, str]] = (VIDEO_PAD, AUDIO_PAD)
     config_parts: ClassVar[tuple[str, ...]] = ("lm", "whisper", "qformer")
