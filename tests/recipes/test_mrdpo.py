@@ -273,7 +273,7 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("rebirth"))
     changed = {
         "reward.kind": "voter", "reward.voter": "cycle", "loss.kind": "nash", "loss.ce_weight": 0, "rounds": 2,
-        "reference_policy": "mixed", "rebirth": "null", "redo_from": "round_2/captions",
+        "reference_policy": "mixed", "rebirth": "null", "redo_from": "round_2/captions", "learning_rate_decay": 0.5,
     }  # fmt: skip
     result = launch("mrdpo", out=out, **flags | changed)
     assert result.returncode == 0, result.stderr
@@ -283,6 +283,7 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     start, own = (json.loads((folder / f"{name}_logps.json").read_text())["logps"] for name in ("start", "reference"))
     assert len(start) == len(own) and start != own
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert steps[0]["learning_rate"] == pytest.approx(flags["fit.learning_rate"] / 2)
     # The policy is not the reference policy at first, unlike in other rounds.
     assert abs(steps[0]["chosen_drift"]) > 1e-6 and steps[0]["dpo"] > 0
     assert (folder / "heldout" / "exploitability.json").is_file()
