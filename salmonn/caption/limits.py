@@ -1,9 +1,14 @@
 """Limits on the sequences that are decoded together, by number and by the memory of their KV cache."""
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
+from salmonn.model.decode_graph import is_on_one_gpu
+from salmonn.model.kv_cache import GROWTH, GROWTH_STATIC, PAGE_LENGTH
+from salmonn.model.kv_tables import padded_pages, padded_rows
 from salmonn.model.memory import NumberSizes, Stack, kv_cache_bytes
 from salmonn.model.network import Network
 
@@ -17,27 +22,70 @@ class BatchLimits:
 
     Args:
         num_rows: maximum number of sequences.
-        num_tokens: maximum number of tokens in the KV cache, those that are yet to be generated included; None for any.
+        num_tokens: maximum number of tokens that the KV cache has room for; None for any.
+        growth: columns for generated tokens are added in steps of this number.
+        is_padded: whether pages of prefixes and rows are padded, as in a static `KVCache`.
     """
 
     num_rows: int
     num_tokens: int | None = None
+    growth: int = 1
+    is_padded: bool = False
+
+    def have_room(self, prefixes: Collection[int], new_tokens: Collection[int]) -> bool:
+        """Return whether the KV cache has room.
+
+        Args:
+            prefixes: number of tokens of each prefix.
+            new_tokens: largest number of generated tokens of each sequence.
+        """
+        if self.num_tokens is None:
+            return True
+        # All rows have as many columns as the longest.
+        num_rows, columns = len(new_tokens), -(-max(new_tokens, default=0) // self.growth) * self.growth
+        if not self.is_padded:
+            return sum(prefixes) + num_rows * columns <= self.num_tokens
+        num_pages = padded_pages(sum(length // PAGE_LENGTH for length in prefixes))
+        num_tails = padded_rows(sum(length % PAGE_LENGTH > 0 for length in prefixes))
+        return (num_pages + num_tails) * PAGE_LENGTH + padded_rows(num_rows) * columns <= self.num_tokens
 
 
 def measure_limits(network: Network, *, batch_size: int | None, default: int) -> BatchLimits:
-    """Return what fits into the memory of the GPU that is free now; on a CPU, only the number of sequences is limited.
+    """Return what fits into the memory of the GPUs that is free now; on a CPU, only the number of sequences is limited.
 
     Args:
-        network: network on its device.
+        network: network on its devices.
         batch_size: maximum number of sequences; None for the default.
         default: default of the model, which on a GPU is raised to 64.
     """
-    device = network.device
-    if device.type != "cuda":
+    if network.device.type != "cuda":
         return BatchLimits(default if batch_size is None else batch_size)
-    numbers = NumberSizes(network.dtype.itemsize, network.dtype.itemsize)
-    token_bytes = kv_cache_bytes(Stack.of(network.lm.config.get_text_config()), numbers, tokens=1)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
-    free = torch.cuda.mem_get_info(device)[0] + cached
+    numbers, config = NumberSizes(network.dtype.itemsize, network.dtype.itemsize), network.lm.config.get_text_config()
+    stack = Stack.of(config)
+    layer_bytes = kv_cache_bytes(stack, numbers, tokens=1) / stack.layers
+    # The cache of each layer is on its device; the fullest decides.
+    num_tokens = min(
+        int(KV_CACHE_SHARE * free_bytes(device) / (layer_bytes * num_layers))
+        for device, num_layers in layer_devices(network).items()
+    )
     num_rows = max(default, GPU_BATCH_SIZE) if batch_size is None else batch_size
-    return BatchLimits(num_rows, int(KV_CACHE_SHARE * free / token_bytes))
+    is_static = is_on_one_gpu(network)  # and steps are recorded
+    return BatchLimits(num_rows, num_tokens, GROWTH_STATIC if is_static else GROWTH, is_static)
+
+
+def layer_devices(network: Network) -> Counter[torch.device]:
+    """Return the number of the language model's layers that each GPU computes."""
+    devices: Counter[torch.device] = Counter()
+    for layer in network.lm.get_decoder().layers:
+        device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)  # of offloaded layers, too
+        if device is None:
+            device = next(layer.parameters()).device
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        devices[device if device.type == "cuda" else network.device] += 1
+    return devices
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU, with what PyTorch has reserved for reuse."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + cached)

@@ -167,12 +167,10 @@ class Scheduler(Generic[S]):
 
     def _fits(self, sequences: Sequence[S]) -> bool:
         """Return whether the KV cache has room for sequences in addition to those that are running."""
-        if self.limits.num_tokens is None:
-            return True
         together = [*self.running.values(), *sequences]
         # Sequences that were admitted at different times do not share the prefix.
         prefixes = {(one.prefill, id(one.group)): one.num_tokens for one in together}
-        return sum(prefixes.values()) + sum(one.sampling.max_new_tokens for one in together) <= self.limits.num_tokens
+        return self.limits.have_room(prefixes.values(), [one.sampling.max_new_tokens for one in together])
 
     def prefill(self, admitted: Sequence[S]) -> None:
         """Prefill the prompts of sequences and add them to the batch."""

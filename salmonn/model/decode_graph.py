@@ -58,9 +58,9 @@ class GraphDecoder:
     def __init__(self, network: Network, *, make_recorder: Callable[[], Record] | None = None) -> None:
         self.network = network
         self.num_recorded = self.num_replayed = 0
-        is_on_one_gpu = _is_on_one_gpu(network)
-        self._make_recorder = make_recorder or (CudaGraphRecorder if is_on_one_gpu else None)
-        self.layers = make_decode_layers(network) if is_on_one_gpu and isinstance(network, Network) else None
+        is_on_gpu = is_on_one_gpu(network)
+        self._make_recorder = make_recorder or (CudaGraphRecorder if is_on_gpu else None)
+        self.layers = make_decode_layers(network) if is_on_gpu and isinstance(network, Network) else None
         self._record: Record | None = None
         self._storage: tuple[KVCache, int] | None = None  # that recorded steps refer to
         self._num_steps: Counter[StepShape] = Counter()
@@ -131,7 +131,7 @@ class CudaGraphRecorder:
         return graph.replay, result
 
 
-def _is_on_one_gpu(network: Network) -> bool:
+def is_on_one_gpu(network: Network) -> bool:
     """Return whether all weights are whole on one GPU: neither split, sharded nor offloaded."""
     weights = list(network.parameters())  # also of a model of another library, which has no `lm`
     return all(type(one.data) is torch.Tensor and one.is_cuda and one.device == weights[0].device for one in weights)

@@ -7,6 +7,7 @@ the clips and the batch size alone: any number of processes gives the same capti
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -176,8 +177,7 @@ def _sample_part(
 def _limits(captioner: Captioner, batch_size: int) -> BatchLimits:
     """Return what every rank can decode together: all ranks share the same parts."""
     every = dist.gather([captioner.limits(batch_size)])
-    tokens = [one.num_tokens for one in every if one.num_tokens is not None]
-    return BatchLimits(batch_size, min(tokens, default=None))
+    return min(every, key=lambda one: math.inf if one.num_tokens is None else one.num_tokens)
 
 
 def _make_generator(captioner: Captioner, clips: ClipSet, *, limits: BatchLimits) -> CachedGenerator:

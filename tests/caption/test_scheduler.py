@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from salmonn.caption import limits
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.limits import KV_CACHE_SHARE, BatchLimits, measure_limits
 from salmonn.caption.processor import PromptRow
@@ -149,13 +150,43 @@ def test_the_kv_cache_is_limited_by_the_free_memory_of_a_gpu(captioner, monkeypa
     """PyTorch has reserved some of it for reuse."""
     network = captioner.network
     assert measure_limits(network, batch_size=None, default=1) == BatchLimits(1)  # no limit on a CPU
-    fake = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, lm=network.lm)
+    fake = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, lm=network.lm, parameters=lambda: [])
     text = network.lm.config.get_text_config()
     token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     needed = 1000 * token / KV_CACHE_SHARE
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: needed / 2)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: needed / 4)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0.751 * needed, 0))
-    assert measure_limits(fake, batch_size=None, default=1) == BatchLimits(64, 1001)
-    assert measure_limits(fake, batch_size=None, default=100) == BatchLimits(100, 1001)
-    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001)
+    assert measure_limits(fake, batch_size=None, default=1) == BatchLimits(64, 1001, 256, True)
+    assert measure_limits(fake, batch_size=None, default=100) == BatchLimits(100, 1001, 256, True)
+    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001, 256, True)
+
+
+def test_the_gpu_with_least_room_for_its_layers_decides(captioner, monkeypatch):
+    """The first GPU has one layer of three; the second has half as much memory and computes an offloaded layer, too."""
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    layers = [
+        SimpleNamespace(parameters=lambda device=device: iter([SimpleNamespace(device=device)]), _hf_hook=hook)
+        for device, hook in (
+            (first, None), (second, None), (torch.device("meta"), SimpleNamespace(execution_device=1))
+        )
+    ]  # fmt: skip
+    config = captioner.network.lm.config
+    lm = SimpleNamespace(config=config, get_decoder=lambda: SimpleNamespace(layers=layers))
+    weights = [SimpleNamespace(data=torch.zeros(0), is_cuda=True, device=device) for device in (first, second)]
+    fake = SimpleNamespace(device=first, dtype=torch.bfloat16, lm=lm, parameters=lambda: weights)
+    text = config.get_text_config()
+    token_of_layer = 2 * 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    free = {first: 4000 * token_of_layer / KV_CACHE_SHARE, second: 2002 * token_of_layer / KV_CACHE_SHARE}
+    monkeypatch.setattr(limits, "free_bytes", free.__getitem__)
+    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001, 64, False)
+
+
+def test_room_is_that_of_the_cache():
+    """Rows have as many columns as the longest, in steps; a static cache pads pages, tails and rows."""
+    assert BatchLimits(8, 100 + 2 * 128, growth=64).have_room([60, 40], [10, 65])
+    assert not BatchLimits(8, 100 + 2 * 128 - 1, growth=64).have_room([60, 40], [10, 65])
+    needed = (18 + 4) * 512 + 4 * 256  # 17 pages are padded to 18, three tails and rows to four
+    prefixes = [9 * 512 + 1, 5 * 512 + 7, 3 * 512 + 2]
+    assert BatchLimits(8, needed, 256, True).have_room(prefixes, [200, 1, 1])
+    assert not BatchLimits(8, needed - 1, 256, True).have_room(prefixes, [200, 1, 1])
