@@ -93,6 +93,17 @@ window.salmonn = {
       document.querySelector(selector)?.scrollIntoView({ block: "start", behavior: "smooth" });
     }
   },
+  started: {},  // tab -> time of the last click that started a request, in milliseconds
+  start(tab, inputs, revealed) {
+    if (revealed) this.reveal(revealed);
+    this.started[tab] = performance.now();
+    return [...inputs.slice(0, -1), this.started[tab]];
+  },
+  // Return updates that clear a tab after a change of its video at a time; none if a request was started since.
+  clear(tab, changed, updates) {
+    const isLatest = changed > (this.started[tab] ?? 0);
+    return updates.map((update) => (isLatest ? update : { __type__: "update" }));
+  },
   fit(frame) {
     frame.style.height = "auto";  // else the content is at least as high as the frame
     const height = frame.contentDocument?.documentElement?.scrollHeight;

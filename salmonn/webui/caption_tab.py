@@ -24,9 +24,11 @@ from salmonn.webui.controls import (
     GENERATE,
     NO_VIDEO,
     QUIET,
-    WITH_TIME,
+    Update,
     check_text,
+    clear_on_change,
     media_input,
+    on_click,
     option_inputs,
     prompt_inputs,
 )
@@ -59,12 +61,9 @@ REFERENCE_INFO = (
     "as JSON."
 )
 NOT_SCORED = "Captions by segment are not scored: choose the whole clip under Options."
-REVEAL = f"(...inputs) => {{ window.salmonn.reveal('.card'); return {WITH_TIME}; }}"
 COPY = "(shown) => { window.salmonn.copy('#answer'); return [shown]; }"
 HISTORY = "() => window.salmonn.renderHistory()"
 FORGET = "() => window.salmonn.forget()"
-
-Update = dict[Any, Any]
 
 
 class CaptionTab:
@@ -93,7 +92,7 @@ class CaptionTab:
         with gr.Column(elem_id="earlier"):
             self.history = gr.HTML("", elem_id="history")
             self.forget = gr.Button("Clear history", size="sm", elem_id="clear-history")
-        # Of an event in the browser. Gradio sorts inputs by their creation, and `WITH_TIME` expects this one last.
+        # Of an event in the browser. Gradio sorts inputs by their creation, and JavaScript expects this one last.
         self.time = gr.Number(visible=False)
         self._connect()
         self.rating.connect()
@@ -121,10 +120,10 @@ class CaptionTab:
             self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.downloads,
             *self.chat.outputs, *self.rating.outputs,
         ]  # fmt: skip
-        described = self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
+        described = self.start.click(self.describe, inputs, outputs, js=on_click("caption", reveal=".card"), **GENERATE)
         described.then(None, self.chat.entry, self.history, js=REMEMBER, **QUIET)
         self.stop.click(self.stop_request, None, None, **QUIET)
-        self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
+        clear_on_change(self.video, self.time, self.requests, tab="caption", cleared=self._no_answer())
         self.copy.click(self.count_copy, self.rating.caption, [self.status, self.rating.caption], js=COPY, **QUIET)
         self.chat.connect(time=self.time, history=self.history)
         self.forget.click(None, None, self.history, js=FORGET, **QUIET)
@@ -294,10 +293,7 @@ class CaptionTab:
         """Stop the session's request; the text so far is kept."""
         self.requests.stop(str(request.session_hash))
 
-    def reset(self, path: str | None, changed: float | None, request: gr.Request) -> Update:
-        """Clear the results after a change of the video, at the given time in the browser."""
-        if not self.requests.switch_video(str(request.session_hash), path, changed=changed):
-            return {self.status: gr.skip()}
+    def _no_answer(self) -> Update:
         return {
             self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.downloads: "",
             self.copy: gr.update(visible=False),

@@ -11,14 +11,12 @@ import gradio as gr
 
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest, History
-from salmonn.webui.controls import GENERATE, QUIET, WITH_TIME, check_text
+from salmonn.webui.controls import GENERATE, QUIET, WITH_TIME, Update, check_text
 from salmonn.webui.rendering import render_error, render_thread
 from salmonn.webui.session import ActiveRequests, AppState, error_message
 
 CLIP_CHANGED = "the clip has changed: press Describe first"
 REMEMBER = "(entry) => window.salmonn.remember(entry)"
-
-Update = dict[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from salmonn.webui.controls import (
     GENERATE,
     NO_VIDEO,
     QUIET,
-    WITH_TIME,
+    Update,
+    clear_on_change,
     examples_as_json,
     media_input,
+    on_click,
     option_inputs,
     prompt_inputs,
 )
@@ -55,8 +57,7 @@ CHOICES: Mapping[Choice, str] = {
 QUESTION = '<p class="lead">Which caption describes the video better? Models are revealed after you vote.</p>'
 READING = '<p class="lead busy">Watching and listening</p>'
 STOPPED = render_placeholder("Stopped", "Press Compare to start again.")
-REVEAL = f"(...inputs) => {{ window.salmonn.reveal('#comparison'); return {WITH_TIME}; }}"
-Update = dict[Any, Any]
+ON_CLICK = on_click("compare", reveal="#comparison")
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,15 @@ class CompareTab:
             self.status, self.first, self.second, self.voting, self.comparison, self.start, self.stop, self.next,
             self.edit,
         ]  # fmt: skip
-        started = self.start.click(self.compare, inputs, [*outputs, self.consent], js=REVEAL, **GENERATE)
+        started = self.start.click(self.compare, inputs, [*outputs, self.consent], js=ON_CLICK, **GENERATE)
         self.stop.click(self.stop_request, None, None, **QUIET)
         choose_next = f"(file) => window.salmonn.nextExample(file, {examples_as_json(self.state)})"
         continued = self.next.click(None, self.video, self.video, js=choose_next, **QUIET).then(
-            self.compare, inputs, [*outputs, self.consent], js=REVEAL, **GENERATE
+            self.compare, inputs, [*outputs, self.consent], js=ON_CLICK, **GENERATE
         )
         for event in (started, continued):  # before the captions are there, the page may be too short to scroll
             event.then(None, None, None, js="() => window.salmonn.reveal('#comparison')", **QUIET)
-        self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
+        clear_on_change(self.video, self.time, self.requests, tab="compare", cleared=self._clear())
         for choice, button in self.votes.items():
             given: set[Any] = {self.comparison, self.edit, self.consent, self.rater}
             button.click(self._on_vote(choice), given, outputs, js=WITH_RATER, **GENERATE)
@@ -331,11 +332,6 @@ class CompareTab:
 
     def _show_error(self, message: str) -> Update:
         return self._clear() | {self.status: render_error(message)}
-
-    def reset(self, path: str | None, changed: float | None, request: gr.Request) -> Update:
-        """Clear the comparison after a change of the video, at the given time in the browser."""
-        is_other = self.requests.switch_video(str(request.session_hash), path, changed=changed)
-        return self._clear() if is_other else {self.status: gr.skip()}
 
     def _clear(self) -> Update:
         return {

@@ -14,7 +14,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.segments import FixedSegments, SegmentRule, ShotSegments
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality
-from salmonn.webui.session import AppState
+from salmonn.webui.session import ActiveRequests, AppState
 
 QUESTION = "Ask a question"
 MODALITIES: Mapping[str, Modality] = {"Video and audio": "both", "Video only": "visual", "Audio only": "audio"}
@@ -25,6 +25,7 @@ MAX_TEXT_CHARS = 20_000
 MAX_NEW_TOKENS = 4096
 RECORDINGS = {"camera": "Record video", "microphone": "Record sound"}
 MAX_RECORDING_SECONDS = 600.0  # if clips may have any duration
+Update = dict[Any, Any]
 NO_VIDEO = "choose an example, or drop a video or sound file of your own first"
 
 # Options of event listeners that only update the page: no progress bar, and no public API endpoint.
@@ -140,6 +141,43 @@ def media_input(state: AppState, *, tab: str) -> gr.File:
 def examples_as_json(state: AppState) -> str:
     """Return path, still and size in bytes of the examples, as a JSON list for app.js."""
     return json.dumps([[str(one.path), str(one.still), one.path.stat().st_size] for one in state.examples])
+
+
+def on_click(tab: str, *, reveal: str = "") -> str:
+    """Return JavaScript for a button that starts a request: it returns the inputs, with the time as the last one.
+
+    Args:
+        tab: name of the tab.
+        reveal: CSS selector of what is scrolled into view on a phone; empty for nothing.
+    """
+    return f"(...inputs) => window.salmonn.start('{tab}', inputs, '{reveal}')"
+
+
+def clear_on_change(video: gr.File, time: gr.Number, requests: ActiveRequests, *, tab: str, cleared: Update) -> None:
+    """Cancel a tab's request and clear its components when another video is chosen.
+
+    The server decides, and the browser clears what it shows: the decision may arrive after the answer to a click that
+    followed the change, and must not replace that answer.
+
+    Args:
+        video: file component.
+        time: hidden component for the time of an event in the browser.
+        requests: active requests of the tab.
+        tab: name of the tab.
+        cleared: component -> its value or update without an answer.
+    """
+    states = [component for component in cleared if isinstance(component, gr.State)]
+    shown = {component: update for component, update in cleared.items() if component not in states}
+    decided = gr.Number(visible=False)  # time of the change that was decided on; 0 if nothing is cleared
+
+    def cancel(path: str | None, changed: float | None, request: gr.Request) -> list[Any]:
+        if requests.switch_video(str(request.session_hash), path, changed=changed):
+            return [changed, *(cleared[state] for state in states)]
+        return [0.0, *(gr.skip() for _ in states)]
+
+    decision = video.change(cancel, [video, time], [decided, *states], js=f"(...inputs) => {WITH_TIME}", **QUIET)
+    clear = f"(decided) => window.salmonn.clear('{tab}', decided, {json.dumps(list(shown.values()))})"
+    decision.then(None, decided, list(shown), js=clear, **QUIET)
 
 
 def _file_path(payload: Any) -> str | None:

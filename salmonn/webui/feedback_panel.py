@@ -15,7 +15,7 @@ from salmonn.caption.generator import CaptionRequest
 from salmonn.preference.feedback import Candidate, Feedback, find_unused_reason, utc_now
 from salmonn.records import Caption, Mark, Reference
 from salmonn.score.repetition import find_clauses
-from salmonn.webui.controls import GENERATE, check_text
+from salmonn.webui.controls import GENERATE, Update, check_text
 from salmonn.webui.rendering import render_error
 from salmonn.webui.scorer import reference_caption
 from salmonn.webui.session import AppState, error_message
@@ -31,8 +31,6 @@ PRIVACY = (
 # JavaScript: the inputs of an event, with the browser's id as the last one.
 WITH_RATER = "(...inputs) => [...inputs.slice(0, -1), window.salmonn.rater()]"
 RATER_ID = re.compile("[0-9a-f]{32}")
-
-Update = dict[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.preference.feedback import Action
 from salmonn.records import Caption
-from salmonn.webui.controls import GENERATE, NO_VIDEO, QUIET, WITH_TIME, media_input
+from salmonn.webui.controls import GENERATE, NO_VIDEO, Update, clear_on_change, media_input, on_click
 from salmonn.webui.feedback_panel import (
     CONSENT,
     PRIVACY,
@@ -34,8 +34,6 @@ PLACEHOLDER = render_placeholder(
 READING = '<p class="lead busy">Watching and listening</p>'
 EMPTY = '<p class="lead">Describe everything that is seen and heard, then press Done.</p>'
 DRAFT = '<p class="lead">Correct and complete this draft until it describes everything that is seen and heard.</p>'
-
-Update = dict[Any, Any]
 
 
 class WriteTab:
@@ -64,9 +62,8 @@ class WriteTab:
         self.time = gr.Number(visible=False)  # of an event in the browser
         self.rater = gr.Textbox(visible=False)  # the browser's id
         outputs = [self.status, self.writing, self.text, self.consent, self.draft, self.start]
-        with_time = f"(...inputs) => {WITH_TIME}"
-        self.start.click(self.begin, [self.video, self.time], outputs, js=with_time, **GENERATE)
-        self.video.change(self.reset, [self.video, self.time], outputs, js=with_time, **QUIET)
+        self.start.click(self.begin, [self.video, self.time], outputs, js=on_click("write"), **GENERATE)
+        clear_on_change(self.video, self.time, self.requests, tab="write", cleared=self._clear(PLACEHOLDER))
         self.done.click(
             self.finish, {self.text, self.consent, self.draft, self.rater}, outputs, js=WITH_RATER, **GENERATE
         )
@@ -143,11 +140,6 @@ class WriteTab:
         caption = Caption(draft.path.name, text, modality=draft.shown.modality)
         reference = self.state.reference_of(draft.path)
         return self.state.scorer.analyze(caption, reference, modality=draft.shown.modality)
-
-    def reset(self, path: str | None, changed: float | None, request: gr.Request) -> Update:
-        """Clear the text after a change of the video, at the given time in the browser."""
-        is_other = self.requests.switch_video(str(request.session_hash), path, changed=changed)
-        return self._clear(PLACEHOLDER) if is_other else {self.status: gr.skip()}
 
     def _clear(self, status: str) -> Update:
         return {

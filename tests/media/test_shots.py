@@ -75,7 +75,7 @@ def test_a_span(tmp_path):
 
 def test_audio_has_no_shots(tmp_path):
     path = write_media(tmp_path / "a.m4a", audio=(0, 2))
-    with pytest.raises(ClipError, match=r"a\.m4a: has no video and so no shots; caption audio files in a run of their"):
+    with pytest.raises(ClipError, match=r"a\.m4a: has no video and so no shots; caption audio files in a separate run"):
         shots_of(path)
 
 

@@ -92,6 +92,32 @@ def test_a_slow_line(visit, toy, examples):
     assert pressed.inner_text() == "Example 2"
 
 
+def test_a_late_decision(visit, toy, examples):
+    """The server's decision to clear the answer arrives after the next answer, which it must not clear."""
+    visitor, held = visit(), []
+
+    def hold(route):
+        if len(route.request.post_data_json["data"]) == 2:  # the file, and the time of its change
+            held.append((route, route.fetch()))
+        else:
+            route.continue_()
+
+    choose_example(visitor, 1)
+    describe(visitor)
+    visitor.page.route("**/gradio_api/run/**", hold)
+    choose_example(visitor, 2)
+    while not held:
+        visitor.page.wait_for_timeout(20)
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    expected = toy.caption(examples[1].path).text
+    visitor.page.locator("#answer .caption", has_text=expected).wait_for()
+    ((route, response),) = held
+    with visitor.page.expect_response("**/gradio_api/run/**"):
+        route.fulfill(response=response)
+    visitor.page.wait_for_timeout(500)
+    assert visitor.page.locator("#answer .caption").all_inner_texts() == [expected]
+
+
 def test_link_previews_name_salmonn(demo):
     with httpx.Client(base_url=demo.address, trust_env=False, timeout=STEP_SECONDS) as client:
         head = client.get("/").text.partition("<script")[0]
