@@ -188,7 +188,7 @@ def read_recipe(args: list[str]) -> tuple[str, list[str], int] | None:
 def test_documented_recipe_commands_are_valid(load_recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipes = [recipe for args in documented_commands() if (recipe := read_recipe(args))]
-    assert [processes for _, _, processes in recipes] == [1, 8, 8, 32, 32, 32]
+    assert [processes for _, _, processes in recipes] == [1, 8, 8, 32, 32]
     for name, flags, processes in recipes:
         config_type = getattr(
             load_recipe(name), {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig"}[name]
@@ -198,11 +198,8 @@ def test_documented_recipe_commands_are_valid(load_recipe, monkeypatch):
         assert config.dry_run or min(config.fit.batch_size, config.rebirth.fit.batch_size) >= processes
 
 
-def test_other_documented_commands_exist(call):
-    names = {args[0] for args in documented_commands() if not read_recipe(args)}
-    assert names == {"pip", "salmonn", "tensorboard", "vllm"}
-    code, out, _ = call("plot", "--help")
-    assert code == 0 and "run" in out
+def test_other_documented_commands_are_known():
+    assert {args[0] for args in documented_commands() if not read_recipe(args)} == {"pip", "vllm"}
 
 
 def test_documented_settings_strategies_and_files_exist(load_recipe):
