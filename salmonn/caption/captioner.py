@@ -13,7 +13,8 @@ from typing import TypedDict, Unpack
 import torch
 
 import salmonn.caption.auto_processor  # noqa: F401 - registers the processor with transformers
-from salmonn.caption.folder import TimedInputs, caption_clips, caption_in_shape
+from salmonn.caption.encode_ahead import TimedInputs
+from salmonn.caption.folder import caption_clips, caption_in_shape
 from salmonn.caption.generator import (
     SHIPPED_MODEL,
     CaptionRequest,

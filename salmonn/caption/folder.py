@@ -1,18 +1,18 @@
 """Captions of clips as they are read: others join as captions end; or, in a shape, batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from salmonn.caption.encode_ahead import TimedInputs, encode_ahead
 from salmonn.caption.generator import CaptionRequest, SegmentResult, to_failure
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipJob, ReadResult
 from salmonn.caption.shape import Shape, shape_captions
 from salmonn.caption.streaming import Completion
-from salmonn.media.clip import Clip
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.records import Caption
 
@@ -20,25 +20,13 @@ if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner
 
 
-@dataclass(frozen=True)
-class TimedInputs:
-    """The inputs of a clip, and its length in seconds."""
-
-    inputs: ClipInputs
-    seconds: float
-
-    @classmethod
-    def of(cls, prepare: Callable[[Clip], ClipInputs], clip: Clip) -> "TimedInputs":
-        """Convert a clip that was read by `Captioner.prepare`."""
-        return cls(prepare(clip), clip.duration_seconds)
-
-
 def caption_clips(
     captioner: "Captioner", clips: Iterable[ReadResult[TimedInputs]], *, limits: BatchLimits
 ) -> Iterator[list[SegmentResult]]:
     """Caption clips; each is taken when there is room for it, and then waited for.
 
-    What is decoded together hence depends on the order of the clips, and not on the time that reading takes.
+    What is decoded together hence depends on the order of the clips, and not on the time that reading takes. On a GPU
+    the next clips are encoded meanwhile.
 
     Args:
         captioner: local model.
@@ -56,7 +44,7 @@ def caption_clips(
             yield [_to_result(job, _to_text(captioner, request, outcome)) for job, request, outcome in ended]
 
     num_failed = 0  # in a row
-    for number, (job, clip) in enumerate(clips):
+    for number, (job, clip) in enumerate(encode_ahead(captioner, clips)):
         if isinstance(clip, ValueError):
             yield [_to_read_failure(job, clip)]
             num_failed += 1
@@ -66,7 +54,10 @@ def caption_clips(
             continue
         num_failed = 0
         jobs[number] = job
-        scheduler.waiting += captioner.sequences(job.request, clip.inputs, index=number)
+        sequences = captioner.sequences(job.request, clip.inputs, index=number)
+        for one in sequences:
+            one.must_run_alone = clip.must_run_alone
+        scheduler.waiting += sequences
         while not scheduler.has_room:
             yield from advance()
     while jobs:
@@ -88,7 +79,7 @@ def caption_in_shape(
     if shape.may_ask_again:
         # Clips that do not fit into memory together are encoded with each question, one by one.
         with suppress(torch.OutOfMemoryError):
-            held = captioner.encode([clip.inputs for _, clip in readable])
+            held = captioner.encode([one for one in held if isinstance(one, ClipInputs)])
 
     def answer(asked: Sequence[tuple[int, CaptionRequest]]) -> list[Caption | str]:
         answers = [_prompt_error(captioner, request) for _, request in asked]

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Generic, TypeVar
 
 import torch
@@ -150,7 +150,8 @@ class Scheduler(Generic[S]):
         if any(one.weights is not first.weights for one in self.running.values()):
             return []
         num_free = self.limits.num_rows - len(self.running)
-        compatible = (one for one in self.waiting if one.sampling == first.sampling and one.weights is first.weights)
+        together = takewhile(lambda one: not one.must_run_alone, self.waiting)
+        compatible = (one for one in together if one.sampling == first.sampling and one.weights is first.weights)
         for _, members in groupby(compatible, key=lambda one: id(one.group)):
             group = list(members)
             num_tokens += group[0].num_tokens

@@ -5,6 +5,8 @@ copy stream            clip 2 to the GPU    features of clip 1 to main memory
 main stream       encode clip 1             encode clip 2
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,38 @@ class CopyStream:
             if self._stream is not None and computed is not None:
                 self._stream.wait_event(computed)
             return tensor.cpu()
+
+
+class SideStream:
+    """A stream of a GPU for computations beside those of the main stream; without a GPU they are done at once.
+
+    Args:
+        device: device that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which may still be loading weights
+
+    def use(self) -> AbstractContextManager[None]:
+        """Start all work of this thread within the block on the stream."""
+        context: AbstractContextManager[None] = torch.cuda.stream(self._stream)
+        return context
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Return the point that work has been started up to, for `join`; None on a CPU."""
+        return self._stream.record_event() if self._stream is not None else None
+
+    def join(self, tensor: Tensor, computed: torch.cuda.Event | None) -> None:
+        """Let what is started on the main stream from now on wait for a result.
+
+        Args:
+            tensor: result.
+            computed: `mark` after it was started.
+        """
+        if computed is not None:
+            main = torch.cuda.current_stream(self.device)
+            main.wait_event(computed)
+            tensor.record_stream(main)  # else this stream could reuse its memory while the main one reads it

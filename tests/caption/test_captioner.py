@@ -1,14 +1,18 @@
 """The captioner: one video, many videos, broken files, spans and modalities."""
 
 import shutil
+import threading
 from dataclasses import replace
+from functools import partial
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from salmonn.caption import folder
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.encode_ahead import encode_ahead
 from salmonn.caption.generate import DecodeBatch, SampledToken
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.limits import BatchLimits
@@ -101,6 +105,27 @@ def test_a_broken_file_does_not_affect_others(captioner, videos, tmp_path, batch
     expected = [captioner.caption(video, sampling=SHORT) for video in videos[:3]]
     assert [result for result in results if isinstance(result, Caption)] == expected
     assert len({caption.text for caption in expected}) == 3
+
+
+def test_clips_are_encoded_ahead(captioner, videos, tmp_path, monkeypatch):
+    """As on a GPU, in a thread; one for which there is no memory beside others is captioned alone."""
+    (tmp_path / "a.mp4").touch()
+    expected = [captioner.caption(video, sampling=SHORT) for video in videos[:4]]
+    monkeypatch.setattr(folder, "encode_ahead", partial(encode_ahead, is_ahead=True))
+    encode, threads = captioner.network.encode, []
+
+    def note(clips, layouts):
+        threads.append(threading.current_thread().name.partition("_")[0])
+        if len(threads) == 2:
+            raise torch.OutOfMemoryError
+        return encode(clips, layouts)
+
+    monkeypatch.setattr(captioner.network, "encode", note)
+    paths = [videos[0], tmp_path / "a.mp4", *videos[1:4]]
+    results = list(captioner.caption_many(requests(paths), batch_size=2))
+    assert [one for one in results if isinstance(one, Caption)] == expected and isinstance(results[1], Failure)
+    assert sorted(threads) == ["MainThread", "encode", "encode", "encode", "encode"]
+    assert threads.index("MainThread") > 2  # others are encoded before it is needed
 
 
 def test_only_broken_files(captioner, tmp_path):
