@@ -57,7 +57,7 @@ def write_media(
     size: int = 64,
     rate: int = 25,
     sample_rate: int = 48_000,
-    layout: str = "stereo",
+    layout: str = "mono",
     shift: float = 0.0,
     edit: Edit | None = None,
     container: str | None = None,
@@ -110,7 +110,8 @@ def _encode_video(out: Any, times: list[float], colours: Mapping, codec: str, op
 
 
 def _encode_audio(out: Any, audio: tuple[float, float], tones: Mapping, codec: str, sample_rate: int, layout: str):
-    options = {"strict": "-2"} if codec in ("vorbis", "opus") else {}
+    fast = {"aac": {"aac_coder": "fast"}, "libopus": {"compression_level": "0"}}.get(codec, {})
+    options = {"strict": "-2"} if codec in ("vorbis", "opus") else fast
     stream = out.add_stream(codec, rate=sample_rate, layout=layout, options=options)
     times = np.arange(round(audio[0] * sample_rate), round(audio[1] * sample_rate)) / sample_rate
     starts = sorted(tones)

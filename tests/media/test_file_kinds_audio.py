@@ -29,7 +29,9 @@ def write_chain(tmp_path, codec, bounds, rates):
     parts = []
     for number, (start, end) in enumerate(pairwise(bounds)):
         part = tmp_path / f"{number}.ogg"
-        write_media(part, audio=(start, end), audio_codec=codec, shift=-start, sample_rate=rates[number])
+        # libav's encoder of Vorbis needs stereo.
+        rate = rates[number]
+        write_media(part, audio=(start, end), audio_codec=codec, shift=-start, sample_rate=rate, layout="stereo")
         parts.append(part)
     return concatenate(tmp_path / "chain.ogg", parts)
 
