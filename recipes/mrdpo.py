@@ -85,7 +85,17 @@ from salmonn.train.run_log import (
     RunSummary,
 )
 from salmonn.train.sampling import CAPTIONS_NAME
-from salmonn.train.stages import ModelPath, Run, Stage, measure, report
+from salmonn.train.sharded import merge_sharded
+from salmonn.train.stages import (
+    ModelPath,
+    Run,
+    Stage,
+    adapters_of_rounds,
+    load_encoders_of,
+    load_policy_of,
+    measure,
+    report,
+)
 from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("mrdpo")
@@ -115,7 +125,7 @@ def main(config: MrDpoConfig) -> None:
     server = config.server_sampler(processor)
     if server and is_missing(config.out / "round_1" / CAPTIONS_NAME):
         server.connect()  # what is wrong with it is found before hours of work
-    captioner = config.load_model(config.model)
+    captioner = load_encoders_of(config)
     selection = config.selection
     require_model(config.reward, captioner, floors=selection.floors or (), min_spreads=selection.min_spreads)
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
@@ -206,8 +216,7 @@ def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: 
     """
     config, folder, fit_config, loss = run.config, stage.folder, stage.fit, make_loss(stage.loss)
     name = folder.relative_to(config.out).as_posix()
-    captioner = config.load_model(policy)
-    attach_lora(captioner.network, config.lora, seed=stage.seed)
+    captioner = load_policy_of(policy, config.lora, config, seed=stage.seed)
     num_questions = stage.num_questions
     preferences = make_preference_batches(
         captioner,
@@ -244,7 +253,8 @@ def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: 
         require_margin(folder, config.early_stopping, name=name, steps=stage.steps_setting)
         # Free the network before it is merged: merging loads the policy again, and a GPU may hold only one.
         del captioner, preferences, batches, context
-        return merge_checkpoint(
+        merge = merge_sharded if config.load_sharded else merge_checkpoint
+        return merge(
             checkpoint, base=config.model, earlier=stage.earlier, lora=config.lora, config=config, folder=folder
         )
 
@@ -319,11 +329,6 @@ def add_rebirth(best: Path, run: Run, summary: RunSummary) -> None:
     else:
         summary.rebirth = measure(reborn, run.config.out / "rebirth", run, summary)
     report(run, summary)
-
-
-def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
-    """Return the folders of the adapters of the first rounds, which the merged model of the last one consists of."""
-    return [config.out / f"round_{number}" / "adapter" for number in range(1, last + 1)]
 
 
 def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:

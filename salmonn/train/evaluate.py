@@ -93,9 +93,20 @@ def evaluate(captioner: Captioner, clips: ClipSet, *, judge: Judge, sampling: Sa
     """
     captions = sample_captions(captioner, clips, sampling.greedy(), name=f"{name}: captions")
     answers = answer_questions(captioner, clips, name=f"{name}: questions", batch_size=sampling.batch_size)
+    return evaluate_captions(captions, answers, clips, judge=judge, name=name)
+
+
+def evaluate_captions(
+    captions: list[Caption], answers: list[Caption], clips: ClipSet, *, judge: Judge, name: str
+) -> Evaluation:
+    """Judge one caption of each clip, and compare the answers to the clips' questions, if there are any.
+
+    Raises:
+        ValueError: no caption could be judged.
+    """
     results = judge_captions(captions, clips.by_video, judge=judge.judge)
     scores: list[Score] = drop_unscored(results, name=name)
-    has_questions = any(reference.questions for reference in clips.references)
+    has_questions = bool(answers) and any(reference.questions for reference in clips.references)
     accuracy = qa_accuracy(clips.by_video, answers) if has_questions else None
     return Evaluation(captions, answers, results, compute_rates(scores, qa_accuracy=accuracy))
 

@@ -36,6 +36,7 @@ from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
 from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME, SampleConfig
 from salmonn.train.server_sampling import SamplerConfig, ServerSampler
+from salmonn.train.sharded import check_sharded
 
 # Settings, or groups of them, that results depend on.
 LOADING = ("model", "placement", "frames", "reader")
@@ -108,6 +109,8 @@ class MrDpoConfig(RunConfig):
         learning_rate_decay: factor of the learning rate from each round to the next.
         early_stopping: rules that stop the rounds early.
         estimate: what `dry_run` estimates the hours of a round for.
+        load_sharded: load only a part of the weights into each process, for models that do not fit on one GPU; see
+            `check_sharded`.
         rebirth: the last stage; none to skip it.
     """
 
@@ -141,10 +144,13 @@ class MrDpoConfig(RunConfig):
     learning_rate_decay: float = 1.0
     early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     estimate: EstimateConfig = field(default_factory=EstimateConfig, metadata=MAY_CHANGE)
+    load_sharded: bool = False
     rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.load_sharded:
+            check_sharded(self)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         if not 0 < self.learning_rate_decay < math.inf:
@@ -287,13 +293,13 @@ class MrDpoConfig(RunConfig):
             return None
         # Rebirth and its teacher start from the last round's model; otherwise nothing is sampled from that.
         tailors_teacher = self.rebirth is not None and self.rebirth.tailor in ("teacher", "random")
-        num_adapters = self.rounds - 1 + (self.rebirth is not None) + tailors_teacher
+        num_adapters = self.rounds - (not self.load_sharded) + (self.rebirth is not None) + tailors_teacher
         return ServerSampler(
             self.sampler,
             processor,
             model=self.model,
             lora=self.lora,
-            max_adapters=num_adapters if self.fresh_pairs or self.rebirth else 0,
+            max_adapters=num_adapters if self.fresh_pairs or self.rebirth or self.load_sharded else 0,
             out=self.out,
             reader=self.reader,
             overrides_frames=self.frames is not None,
@@ -380,6 +386,8 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
     greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
     voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
     evaluation = choose("heldout_references", "synth", "judge") | greedy | voter
+    if config.load_sharded:  # then a server captions held-out clips, too
+        evaluation |= choose("load_sharded", "sampler")
     steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
     for number in range(1, config.rounds + 1):
         folder = f"round_{number}"

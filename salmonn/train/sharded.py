@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner, publish_half
@@ -18,7 +19,37 @@ from salmonn.system import flush
 from salmonn.train.checkpoint import Checkpoint, load_trained, require_free_space
 from salmonn.train.run_folder import RunConfig, report_rounding
 
+if TYPE_CHECKING:
+    from salmonn.train.mrdpo import MrDpoConfig
+
 _VISIBLE_SECONDS, _POLL_SECONDS = 60.0, 0.5  # for files of other machines
+
+
+def check_sharded(config: "MrDpoConfig") -> None:
+    """Check the settings of a run whose model does not fit on one GPU.
+
+    With `load_sharded`, each process loads a part of the weights. A server samples all captions, those of held-out
+    clips too, and no question is answered.
+
+    Raises:
+        ValueError: some setting needs the whole model.
+    """
+    needed = {
+        "strategy": (config.strategy, "fsdp2"),
+        "kl.num_clips": (config.kl.num_clips, 0),
+        "rebirth": (config.rebirth and "set", None),
+        "reference_policy": (config.reference_policy, "round_start"),
+    }
+    for name, (value, required) in needed.items():
+        if value != required:
+            text = "null" if required is None else required
+            raise ValueError(f"load_sharded needs {name} {text}, got {value}; pass --{name.replace('_', '-')} {text}")
+    if config.sampler.server is None:
+        raise ValueError("load_sharded needs a server that samples captions; pass its URL as --sampler.server")
+    if config.reward.kind == "model":
+        raise ValueError(
+            "load_sharded trains no reward model, whose features need the whole captioner; use --reward.kind judge"
+        )
 
 
 def load_encoding_model(path: Path | str, config: RunConfig) -> Captioner:

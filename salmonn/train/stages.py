@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from salmonn import dist
-from salmonn.model.lora import attach_lora
+from salmonn.caption.captioner import Captioner
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
@@ -18,7 +19,14 @@ from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
 from salmonn.train.checkpoint import require_free_space
 from salmonn.train.data import ClipSet
-from salmonn.train.evaluate import RATES_NAME, evaluate, write_evaluation, write_exploitability
+from salmonn.train.evaluate import (
+    RATES_NAME,
+    Evaluation,
+    evaluate,
+    evaluate_captions,
+    write_evaluation,
+    write_exploitability,
+)
 from salmonn.train.kl import make_kl_probe
 from salmonn.train.loop import FitConfig
 from salmonn.train.mrdpo import MrDpoConfig
@@ -28,6 +36,7 @@ from salmonn.train.run_folder import is_missing, num_bytes
 from salmonn.train.run_log import RunSummary, log_summary, print_summary, stage_name
 from salmonn.train.sampling import SampleConfig, sample_captions
 from salmonn.train.server_sampling import ServerSampler
+from salmonn.train.sharded import load_encoding_model, load_policy
 
 log = logging.getLogger(__name__)
 ModelPath = Path | str  # folder or hub id
@@ -147,14 +156,14 @@ def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None
     needs_rates = is_missing(results / RATES_NAME)
     needs_kl = bool(summary and config.kl.num_clips) and is_missing(kl_path)
     if needs_rates or needs_kl:
-        captioner = config.load_model(model)
+        captioner = None if config.load_sharded else config.load_model(model)
         if needs_rates:
-            result = evaluate(captioner, run.heldout, judge=run.judge, sampling=config.sampling, name=folder.name)
+            result = _evaluate(captioner, folder, run)
             if dist.is_main():
                 if isinstance(run.reward, VoterReward):
                     write_exploitability(results, run.reward.voter, result, run.heldout)
                 write_evaluation(results, result, judge=run.judge)  # last, as its rates mark the step as complete
-        if needs_kl:
+        if needs_kl and captioner:
             start = config.load_model(config.model).network
             probe = make_kl_probe(captioner, run.heldout, config.kl, batch_size=config.fit.micro_batch_size)
             kl = probe.kl_between(captioner.network, start)
@@ -166,6 +175,44 @@ def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None
     if summary and config.kl.num_clips:
         summary.kl[stage_name(folder.name)] = read_json(kl_path)
     return rates
+
+
+def _evaluate(captioner: Captioner | None, folder: Path, run: Run) -> Evaluation:
+    """Evaluate the model of a stage on held-out clips; without a captioner by the server, without questions."""
+    config, name = run.config, folder.name
+    if captioner:
+        return evaluate(captioner, run.heldout, judge=run.judge, sampling=config.sampling, name=name)
+    assert run.server
+    captions = run.server.sample(
+        adapters_of_rounds(0 if name == "sft" else int(name.removeprefix("round_")), config),
+        run.heldout,
+        config.sampling.greedy(),
+        name=f"{name}: captions of held-out clips",
+        seed=config.seed,
+        folder=folder / "heldout",
+    )
+    return evaluate_captions(captions, [], run.heldout, judge=run.judge, name=name)
+
+
+def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
+    """Return the folders of the adapters of the first rounds, which the merged model of the last one consists of."""
+    return [config.out / f"round_{number}" / "adapter" for number in range(1, last + 1)]
+
+
+def load_encoders_of(config: MrDpoConfig) -> Captioner:
+    """Load the start of a run to encode clips; with `load_sharded`, its encoders only."""
+    return load_encoding_model(config.model, config) if config.load_sharded else config.load_model(config.model)
+
+
+def load_policy_of(model: ModelPath, lora: LoraConfig, config: MrDpoConfig, *, seed: int) -> Captioner:
+    """Load a model with a fresh adapter; each process loads a part of the weights with `load_sharded`."""
+    if config.load_sharded:
+        captioner = load_encoding_model(model, config)
+        load_policy(captioner, model, config, lora=lora, seed=seed)
+        return captioner
+    captioner = config.load_model(model)
+    attach_lora(captioner.network, lora, seed=seed)
+    return captioner
 
 
 def report(run: Run, summary: RunSummary) -> None:

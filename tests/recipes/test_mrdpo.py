@@ -35,12 +35,14 @@ from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet
+from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_log import RewardRound
 from salmonn.train.sampling import SampleConfig
+from salmonn.train.server_sampling import SamplerConfig
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 from tests.score.fake_llm_server import rule_judge_script
@@ -598,6 +600,25 @@ def test_impossible_values_are_rejected_with_the_configuration(load_recipe, opti
         recipe.MrDpoConfig(
             **{name: types[name](**value) if name in types else value for name, value in options.items()}
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "ddp"}, "needs strategy fsdp2, got ddp"),
+        ({"kl": KLConfig(num_clips=4)}, "needs kl.num_clips 0, got 4"),
+        ({"rebirth": RebirthConfig()}, "pass --rebirth null"),
+        ({"reference_policy": "run_start"}, "needs reference_policy round_start"),
+        ({"sampler": SamplerConfig()}, "pass its URL as --sampler.server"),
+        ({"reward": RewardConfig("model")}, "use --reward.kind judge"),
+    ],
+)
+def test_what_needs_a_whole_model_is_refused_with_load_sharded(options, message):
+    sampler = SamplerConfig(server="http://127.0.0.1:1/v1", server_model="m")
+    usable = dict(strategy="fsdp2", kl=KLConfig(num_clips=0), rebirth=None, sampler=sampler, load_sharded=True)
+    MrDpoConfig(**usable)
+    with pytest.raises(ValueError, match=message):
+        MrDpoConfig(**usable | options)
 
 
 @pytest.mark.parametrize(

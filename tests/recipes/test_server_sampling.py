@@ -5,6 +5,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.engine import Engine
@@ -94,3 +96,27 @@ def test_a_run_samples_through_the_service(server, launch, trained_model, sizes,
     # Captions of a server are not continued by the local model.
     result = launch("mrdpo", **{name: value for name, value in flags.items() if not name.startswith("sampler")})
     assert result.returncode != 0 and "sampler.server_model toy (now null)" in result.stderr
+
+
+def test_a_model_that_fits_on_no_gpu_is_trained_in_one_command(server, launch, trained_model, sizes, tmp_path):
+    """Two processes that load parts of the weights merge the same model as two that load all of them."""
+    flags = sizes | FLAGS | {
+        "model": trained_model / "model", "clips_dir": trained_model / "clips", "strategy": "fsdp2", "rebirth": "null",
+        "feature_cache.folder": tmp_path / "features",
+        "sampler.server": f"{server.url}/v1", "sampler.adapters_dir": tmp_path / "adapters",
+    }  # fmt: skip
+    for name in ("false", "true"):
+        result = launch("mrdpo", processes=2, **flags | {"load_sharded": name, "out": tmp_path / name})
+        assert result.returncode == 0, result.stderr
+    for number in (1, 2):
+        whole, parts = (tmp_path / name / f"round_{number}" for name in ("false", "true"))
+        captions = [read_records(one / "captions.jsonl", Caption) for one in (whole, parts)]
+        texts = [[(one.video, one.sample, one.text) for one in of_run] for of_run in captions]
+        assert texts[0] == texts[1] and len(texts[0]) > 8
+        expected, found = (load_file(one / "merged" / "model.safetensors") for one in (whole, parts))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        rates = json.loads((parts / "heldout" / "rates.json").read_text())
+        assert rates["qa_accuracy"] is None and rates["clips"] > 0
+    summary = json.loads((tmp_path / "true" / "summary.json").read_text())
+    assert len(summary["rounds"]) == 2
