@@ -44,11 +44,11 @@ KILL = signal.SIGRTMIN + 9
 FORWARDED = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} | {KILL: signal.SIGKILL}
 # When a rank has failed, the others get SIGTERM and SIGKILL after these times, as from torchrun.
 TERM_SECONDS, KILL_SECONDS = 0.1, 30.0
-# Imported late by what the tests launch. gradio is not here: its import starts a thread.
+# Imported late by what the tests launch.
 MODULES = (
     "torch.distributed.fsdp", "torch.utils.tensorboard", "peft", "accelerate", "matplotlib.pyplot", "openai",
     "scipy.stats", "fastapi", "uvicorn", "multiprocessing.spawn", "concurrent.futures.process",
-    "transformers.models.qwen2.modeling_qwen2", "docstring_parser", "deepspeed", "torch.profiler",
+    "transformers.models.qwen2.modeling_qwen2", "docstring_parser", "deepspeed", "torch.profiler", "gradio",
 )  # fmt: skip
 
 
@@ -68,9 +68,9 @@ def preload() -> None:
     """Import what launched processes need, on one thread."""
     sys.path[0] = str(ROOT)
     gc.disable()  # a quarter of the time of importing
-    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's, where some package imports it
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's, which gradio imports
     salmonn = importlib.import_module("salmonn")
-    names = [found.name for found in pkgutil.walk_packages(salmonn.__path__, "salmonn.") if "webui" not in found.name]
+    names = [found.name for found in pkgutil.walk_packages(salmonn.__path__, "salmonn.")]
     for name in (*MODULES, *names):
         with contextlib.suppress(ImportError):  # an optional dependency
             importlib.import_module(name)
