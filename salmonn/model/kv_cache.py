@@ -135,6 +135,7 @@ class KVCache:
         self._shape: StepShape | None = None
         # What each row's column and position grow by in a step: 1, and 0 where there is no row.
         self._increments = torch.ones_like(self._columns)
+        self._counters: tuple[tuple[Tensor, Tensor], ...] = ()  # columns and positions of a step's rows, and increments
         self._step_columns = self._columns
         self._is_static = self._is_reserved = False
         self._num_columns = 0  # that there is room for, if `_is_reserved`
@@ -270,6 +271,11 @@ class KVCache:
         self._make_room((shape.pages, shape.tails, shape.rows), (PAGE_LENGTH, shape.tail_columns, columns))
         self._increments[: len(self)] = 1
         self._increments[len(self) :] = 0
+        increments = self._increments[: shape.rows]
+        self._counters = (
+            (self._columns[: shape.rows], increments),
+            (self._positions[:, : shape.rows], increments[:, None]),
+        )
         for key in [key for key in self._stale if key[0] == shape]:
             self._tables[key].copy_(make_tables(self._groups, self._prefixes, self.shape))
             self._stale.remove(key)
@@ -294,12 +300,12 @@ class KVCache:
         It changes tensors in place, so that a recorded step can be replayed; the host's part depends on the step.
         """
         self._steps.clear()
-        count, started = self.shape.rows, len(self) - num_waiting
-        columns, positions, increments = self._columns[:count], self._positions[:, :count], self._increments[:count]
+        (columns, column_increments), (positions, position_increments) = self._counters
         if not num_waiting:
-            self._step_columns = columns.add_(increments)
-            return positions.add_(increments[:, None])
-        self._step_columns, step_positions = columns + increments, positions + increments[:, None]
+            self._step_columns = columns.add_(column_increments)
+            return positions.add_(position_increments)
+        started = len(self) - num_waiting
+        self._step_columns, step_positions = columns + column_increments, positions + position_increments
         columns[:started] += 1
         positions[:, :started] += 1
         return step_positions
@@ -311,9 +317,8 @@ class KVCache:
 
     def rewind(self) -> None:
         """Undo the last step, of all rows; the next one takes its place."""
-        count = self.shape.rows
-        self._columns[:count] -= self._increments[:count]
-        self._positions[:, :count] -= self._increments[:count, None]
+        for counter, increments in self._counters:
+            counter.sub_(increments)
         self._lengths = [length - 1 for length in self._lengths]
 
     def _change_layout(self) -> None:

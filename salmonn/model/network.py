@@ -285,9 +285,9 @@ class Network(PreTrainedModel):
             (R, V) logits of the tokens after these.
         """
         positions = cache.advance(num_waiting=num_waiting)
-        if num_padding := positions.shape[1] - len(tokens):
-            tokens = F.pad(tokens, (0, num_padding))
-        return self.decode_tokens(tokens, positions, cache, layers=layers)[: len(cache)]
+        if not (num_padding := positions.shape[1] - len(tokens)):
+            return self.decode_tokens(tokens, positions, cache, layers=layers)
+        return self.decode_tokens(F.pad(tokens, (0, num_padding)), positions, cache, layers=layers)[: len(tokens)]
 
     def decode_tokens(
         self, tokens: Tensor, positions: Tensor, cache: KVCache, *, layers: DecodeFunction | None = None
