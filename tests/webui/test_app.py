@@ -69,12 +69,6 @@ def wait_for_answer(visitor):
     return visitor.page.locator("#answer .caption").inner_text()
 
 
-def test_an_example_is_captioned(visit, toy, examples):
-    visitor = visit()
-    choose_example(visitor, 1)
-    assert describe(visitor) == toy.caption(examples[0].path).text
-
-
 def test_a_slow_line(visit, toy, examples):
     """Describe, pressed as soon as an example is, waits for no other event, and none that arrives later clears it.
 
@@ -467,7 +461,7 @@ def test_a_run_is_shown_and_refreshed(visit, demo):
     visitor.page.wait_for_function(f"document.querySelector('iframe.run').offsetHeight < {height} + 50")
 
 
-def test_two_concurrent_sessions(visit, toy, examples):
+def test_examples_are_captioned_in_two_sessions_at_once(visit, toy, examples):
     one, two = visit(), visit()
     choose_example(one, 1)
     choose_example(two, 4)
