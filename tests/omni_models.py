@@ -177,16 +177,20 @@ def save_published(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path,
     tokenizer.save_pretrained(str(folder))
 
 
-def make_qwen2_5_omni(folder: Path, *, texts: Iterable[str] = ("a red circle",), vocab_size: int = 264) -> Published:
-    """Make a Qwen2.5-Omni of 0.2 million parameters, whose tokenizer is trained on texts."""
+def make_qwen2_5_omni(
+    folder: Path, *, texts: Iterable[str] = ("a red circle",), vocab_size: int = 264, head_dim: int = 16
+) -> Published:
+    """Make a Qwen2.5-Omni of 0.2 million parameters, whose tokenizer is trained on texts; `head_dim` is 16 or 32."""
     tokenizer = make_tokenizer(OMNI_TOKENS, texts, vocab_size=vocab_size)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in OMNI_TOKENS.items()}
     torch.manual_seed(0)
     config = Qwen2_5OmniThinkerConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 3, 3]),
+            num_attention_heads=64 // head_dim, num_key_value_heads=32 // head_dim, max_position_embeddings=4096,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10_000.0, mrope_section=[head_dim * part // 16 for part in (2, 3, 3)]
+            ),
         ),
         vision_config=dict(
             depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,

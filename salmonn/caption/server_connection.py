@@ -6,11 +6,13 @@ Whatever is wrong with address, key, model or modalities is reported in one sent
 """
 
 import difflib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +171,13 @@ def _describe_rejection(captioner: ServerCaptioner, error: LLMRejectedError, mod
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     parts = {"images": image} if modality != "audio" else {}
     parts |= {"audio": audio_part(tone.astype(np.float32))} if modality != "visual" else {}
-    refused = tuple(name for name, part in parts.items() if _is_rejected(captioner, part))
+    refused = tuple(name for name, part in parts.items() if _rejection(captioner, part))
+    extra = captioner.options.server_parameters
+    if extra and not refused and str(error) in {_rejection(captioner, part, extra) for part in parts.values()}:
+        return ValueError(
+            f"{captioner.name} rejects requests with --server-parameters {json.dumps(extra)}: {error}; start the "
+            "server so that it takes them, or leave them out"
+        )
     if captioner.input != "frames" and not refused:
         return ValueError(
             f"{captioner.name} does not take clips sent as {captioner.input}: {error}; use --server-input frames"
@@ -179,14 +187,15 @@ def _describe_rejection(captioner: ServerCaptioner, error: LLMRejectedError, mod
     return ValueError(f"{captioner.name} does not take {' and '.join(refused)}: {error}; {_REMEDIES[refused]}")
 
 
-def _is_rejected(captioner: ServerCaptioner, part: Part) -> bool:
-    """Return whether the server rejects a message with a single image or recording."""
+def _rejection(captioner: ServerCaptioner, part: Part, parameters: Mapping[str, Any] | None = None) -> str:
+    """Return why the server rejects a message with a single image or recording; "" if it does not."""
     content = [part, {"type": "text", "text": "Describe it."}]
+    messages = [{"role": "user", "content": content}]
     try:
-        captioner.client.send(ChatRequest([{"role": "user", "content": content}], temperature=0.0, token_limit=16))
-    except LLMRejectedError:
-        return True
-    return False
+        captioner.client.send(ChatRequest(messages, temperature=0.0, token_limit=16, parameters=dict(parameters or {})))
+    except LLMRejectedError as error:
+        return str(error)
+    return ""
 
 
 def _list_names(names: Sequence[str], wanted: str) -> str:
