@@ -51,9 +51,9 @@ from salmonn.train.mrdpo import (
     RebirthConfig,
     list_trainings,
     load_data,
-    plan_steps,
     print_memory_plan,
 )
+from salmonn.train.mrdpo_steps import plan_steps
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
     Example,

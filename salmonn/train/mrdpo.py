@@ -1,21 +1,17 @@
 """Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from salmonn.caption.captioner import SHIPPED_MODEL
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE
-from salmonn.model.loading import CONFIG_NAME
 from salmonn.model.lora import LoraConfig
 from salmonn.preference.losses import DIFFERENCE_LOSSES, LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig
-from salmonn.preference.reward_model import hash_reward_model
 from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Reference
@@ -24,26 +20,16 @@ from salmonn.score.judge import Judge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, drop_sounds, heldout_config, read_clips, render_clips
 from salmonn.train.dry_run import print_adapter_plan
-from salmonn.train.evaluate import RATES_NAME
-from salmonn.train.influence import INFLUENCE_NAME, split_clips
+from salmonn.train.influence import split_clips
 from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.reward import RewardTrainingConfig
-from salmonn.train.reward_rounds import LABEL_FILES
 from salmonn.train.round_time import EstimateConfig, make_work, print_hours
-from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, EarlyStopConfig
+from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
-from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
-from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME, SampleConfig
+from salmonn.train.sampling import SampleConfig
 from salmonn.train.server_sampling import SamplerConfig, ServerSampler
 from salmonn.train.sharded import check_sharded
-
-# Settings, or groups of them, that results depend on.
-LOADING = ("model", "placement", "frames", "reader")
-SAMPLED = {
-    f"sampling.{name}" for name in ("temperature", "temperatures", "top_p", "num_samples")
-}  # without effect on greedy captions
-RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of the rewards that come with the package
 
 
 @dataclass(frozen=True)
@@ -364,121 +350,6 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor, *, judg
             "or set kl.num_clips 0"
         )
     return train, heldout
-
-
-def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_file: str) -> list[Step]:
-    """Return all steps of a run, each with the settings and the earlier steps that its results depend on."""
-    # Clips and the reward model are compared by content: their files may move.
-    settings = flat_settings(config) | {
-        "training_videos": fingerprint(reference.video for reference in train.references),
-        "references": fingerprint(train.references),
-        "heldout_references": fingerprint(heldout.references),
-    }
-    if config.reward.model:
-        settings["reward.model"] = hash_reward_model(config.reward.model)
-    if config.references:
-        settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
-    # The server may move to another address; without one, none of its settings matters.
-    dropped = ("sampler.server", "sampler.allow_deaf") if config.sampler.server else ("sampler",)
-    for name in choose_settings(settings, *dropped):
-        del settings[name]
-    choose = partial(choose_settings, settings)
-    greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
-    voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
-    evaluation = choose("heldout_references", "synth", "judge") | greedy | voter
-    if config.load_sharded:  # then a server captions held-out clips, too
-        evaluation |= choose("load_sharded", "sampler")
-    steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
-    for number in range(1, config.rounds + 1):
-        folder = f"round_{number}"
-        if number == 1 or config.fresh_pairs:
-            steps += _example_steps(config, number, choose, rating_file=rating_file, needs=policy)
-            examples = steps[-1].name
-        training = choose("loss", "lora", "fit", "seed")
-        training["fit.learning_rate"] = config.round_fit(number).learning_rate
-        training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
-        training |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
-        training |= {"num_questions": config.num_questions if number == config.rounds else 0}
-        steps += _training_steps(folder, training, evaluation, needs=(examples, *policy))
-        policy = (f"{folder}/model",)
-    if config.rebirth:
-        # The best round depends on all evaluations.
-        needs = tuple(step.name for step in steps if step.name.endswith(("/model", "/heldout")))
-        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed")
-        if config.rebirth.tailor != "none":
-            steps += _tailoring_steps(config.rebirth, choose, choice=choice, needs=needs)
-            choice |= choose("rebirth.tailor", "rebirth.preference_fraction")
-            needs = (steps[-1].name,)
-        if config.rebirth.tailor != "draft":
-            steps.append(_captions_step("rebirth", choice | greedy | choose("sampler"), needs=needs))
-            needs = ("rebirth/captions",)
-        training = choose("rebirth", "references", "seed")
-        steps += _training_steps("rebirth", training, evaluation, needs=needs)
-    return steps
-
-
-def _example_steps(
-    config: MrDpoConfig, number: int, choose: Callable[..., Settings], *, rating_file: str, needs: tuple[str, ...]
-) -> list[Step]:
-    """Return the steps of a round before its training: captions, ratings and, except for GRPO, pairs."""
-    folder, is_model = f"round_{number}", config.reward.kind == "model"
-    rewarded = choose("references", "judge", "reward", *(("reward_training",) if is_model else ()))
-    earlier_labels = (f"round_{number - 1}/ratings",) if is_model and number > 1 else ()
-    captions = _captions_step(
-        folder, choose(*LOADING, "training_videos", "synth", "sampling", "sampler", "seed"), needs=needs
-    )
-    ratings = Step(
-        f"{folder}/ratings",
-        rewarded,
-        files=tuple(f"{folder}/{name}" for name in dict.fromkeys((*RATING_FILES, rating_file, *LABEL_FILES))),
-        result=f"{folder}/{rating_file}",
-        needs=(captions.name, *earlier_labels),
-    )
-    if config.loss.kind == "grpo":
-        return [captions, ratings]
-    pairs = Step(
-        f"{folder}/pairs",
-        choose("selection", "subset"),
-        files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
-        result=f"{folder}/{PAIRS_NAME}",
-        needs=(ratings.name,),
-    )
-    return [captions, ratings, pairs]
-
-
-def _tailoring_steps(
-    rebirth: RebirthConfig, choose: Callable[..., Settings], *, choice: Settings, needs: tuple[str, ...]
-) -> list[Step]:
-    """Return the steps of rebirth before its captions; `choice` is what the choice of clips and teacher depends on."""
-    drafts = {**choice, **choose("rebirth.preference_fraction", "sampling", "sampler")}
-    path = f"rebirth/{INFLUENCE_NAME}"
-    settings = choose(*LOADING, "rebirth.lora", "rebirth.start", "references", "seed")
-    steps = [
-        _captions_step("rebirth/drafts", drafts, needs=needs),
-        Step("rebirth/influence", settings, (path,), path, ("rebirth/drafts/captions",)),
-    ]
-    if rebirth.tailor != "draft":
-        folder = "rebirth/teacher"
-        files = tuple(f"{folder}/{name}" for name in (PAIRS_NAME, *MERGED_FILES))
-        settings = choose("rebirth.tailor", "rebirth.teacher_steps", "loss", "lora", "fit", "seed")
-        steps.append(Step(f"{folder}/model", settings, files, f"{folder}/merged/{CONFIG_NAME}", (steps[-1].name,)))
-    return steps
-
-
-def _captions_step(folder: str, settings: Settings, *, needs: tuple[str, ...]) -> Step:
-    result = f"{folder}/{CAPTIONS_NAME}"
-    return Step(f"{folder}/captions", settings, (result, f"{folder}/{PARTIAL_NAME}"), result, needs)
-
-
-def _training_steps(folder: str, settings: Settings, evaluation: Settings, *, needs: tuple[str, ...]) -> list[Step]:
-    """Return the step that trains and merges a stage's model, and its evaluation."""
-    files = tuple(f"{folder}/{name}" for name in MERGED_FILES)
-    training = Step(f"{folder}/model", settings, files, f"{folder}/merged/{CONFIG_NAME}", needs)
-    return [training, _evaluation_step(folder, evaluation, needs=(training.name,))]
-
-
-def _evaluation_step(folder: str, settings: Settings, *, needs: tuple[str, ...] = ()) -> Step:
-    return Step(f"{folder}/heldout", settings, (f"{folder}/heldout",), f"{folder}/heldout/{RATES_NAME}", needs)
 
 
 def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:

@@ -37,7 +37,8 @@ from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet
 from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
+from salmonn.train.mrdpo_steps import plan_steps
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_log import RewardRound

@@ -1,0 +1,137 @@
+"""Steps of an mrDPO run, and the settings that each depends on."""
+
+from collections.abc import Callable
+from functools import partial
+
+from salmonn.model.loading import CONFIG_NAME
+from salmonn.preference.reward_model import hash_reward_model
+from salmonn.train.data import ClipSet
+from salmonn.train.evaluate import RATES_NAME
+from salmonn.train.influence import INFLUENCE_NAME
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig
+from salmonn.train.reward_rounds import LABEL_FILES
+from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME
+from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
+from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME
+
+# Settings, or groups of them, that results depend on.
+LOADING = ("model", "placement", "frames", "reader")
+SAMPLED = {
+    f"sampling.{name}" for name in ("temperature", "temperatures", "top_p", "num_samples")
+}  # without effect on greedy captions
+RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of the rewards that come with the package
+
+
+def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_file: str) -> list[Step]:
+    """Return all steps of a run, each with the settings and the earlier steps that its results depend on."""
+    # Clips and the reward model are compared by content: their files may move.
+    settings = flat_settings(config) | {
+        "training_videos": fingerprint(reference.video for reference in train.references),
+        "references": fingerprint(train.references),
+        "heldout_references": fingerprint(heldout.references),
+    }
+    if config.reward.model:
+        settings["reward.model"] = hash_reward_model(config.reward.model)
+    if config.references:
+        settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
+    # The server may move to another address; without one, none of its settings matters.
+    dropped = ("sampler.server", "sampler.allow_deaf") if config.sampler.server else ("sampler",)
+    for name in choose_settings(settings, *dropped):
+        del settings[name]
+    choose = partial(choose_settings, settings)
+    greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
+    voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
+    evaluation = choose("heldout_references", "synth", "judge") | greedy | voter
+    if config.load_sharded:  # then a server captions held-out clips, too
+        evaluation |= choose("load_sharded", "sampler")
+    steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
+    for number in range(1, config.rounds + 1):
+        folder = f"round_{number}"
+        if number == 1 or config.fresh_pairs:
+            steps += _example_steps(config, number, choose, rating_file=rating_file, needs=policy)
+            examples = steps[-1].name
+        training = choose("loss", "lora", "fit", "seed")
+        training["fit.learning_rate"] = config.round_fit(number).learning_rate
+        training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
+        training |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
+        training |= {"num_questions": config.num_questions if number == config.rounds else 0}
+        steps += _training_steps(folder, training, evaluation, needs=(examples, *policy))
+        policy = (f"{folder}/model",)
+    if config.rebirth:
+        # The best round depends on all evaluations.
+        needs = tuple(step.name for step in steps if step.name.endswith(("/model", "/heldout")))
+        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed")
+        if config.rebirth.tailor != "none":
+            steps += _tailoring_steps(config.rebirth, choose, choice=choice, needs=needs)
+            choice |= choose("rebirth.tailor", "rebirth.preference_fraction")
+            needs = (steps[-1].name,)
+        if config.rebirth.tailor != "draft":
+            steps.append(_captions_step("rebirth", choice | greedy | choose("sampler"), needs=needs))
+            needs = ("rebirth/captions",)
+        training = choose("rebirth", "references", "seed")
+        steps += _training_steps("rebirth", training, evaluation, needs=needs)
+    return steps
+
+
+def _example_steps(
+    config: MrDpoConfig, number: int, choose: Callable[..., Settings], *, rating_file: str, needs: tuple[str, ...]
+) -> list[Step]:
+    """Return the steps of a round before its training: captions, ratings and, except for GRPO, pairs."""
+    folder, is_model = f"round_{number}", config.reward.kind == "model"
+    rewarded = choose("references", "judge", "reward", *(("reward_training",) if is_model else ()))
+    earlier_labels = (f"round_{number - 1}/ratings",) if is_model and number > 1 else ()
+    captions = _captions_step(
+        folder, choose(*LOADING, "training_videos", "synth", "sampling", "sampler", "seed"), needs=needs
+    )
+    ratings = Step(
+        f"{folder}/ratings",
+        rewarded,
+        files=tuple(f"{folder}/{name}" for name in dict.fromkeys((*RATING_FILES, rating_file, *LABEL_FILES))),
+        result=f"{folder}/{rating_file}",
+        needs=(captions.name, *earlier_labels),
+    )
+    if config.loss.kind == "grpo":
+        return [captions, ratings]
+    pairs = Step(
+        f"{folder}/pairs",
+        choose("selection", "subset"),
+        files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
+        result=f"{folder}/{PAIRS_NAME}",
+        needs=(ratings.name,),
+    )
+    return [captions, ratings, pairs]
+
+
+def _tailoring_steps(
+    rebirth: RebirthConfig, choose: Callable[..., Settings], *, choice: Settings, needs: tuple[str, ...]
+) -> list[Step]:
+    """Return the steps of rebirth before its captions; `choice` is what the choice of clips and teacher depends on."""
+    drafts = {**choice, **choose("rebirth.preference_fraction", "sampling", "sampler")}
+    path = f"rebirth/{INFLUENCE_NAME}"
+    settings = choose(*LOADING, "rebirth.lora", "rebirth.start", "references", "seed")
+    steps = [
+        _captions_step("rebirth/drafts", drafts, needs=needs),
+        Step("rebirth/influence", settings, (path,), path, ("rebirth/drafts/captions",)),
+    ]
+    if rebirth.tailor != "draft":
+        folder = "rebirth/teacher"
+        files = tuple(f"{folder}/{name}" for name in (PAIRS_NAME, *MERGED_FILES))
+        settings = choose("rebirth.tailor", "rebirth.teacher_steps", "loss", "lora", "fit", "seed")
+        steps.append(Step(f"{folder}/model", settings, files, f"{folder}/merged/{CONFIG_NAME}", (steps[-1].name,)))
+    return steps
+
+
+def _captions_step(folder: str, settings: Settings, *, needs: tuple[str, ...]) -> Step:
+    result = f"{folder}/{CAPTIONS_NAME}"
+    return Step(f"{folder}/captions", settings, (result, f"{folder}/{PARTIAL_NAME}"), result, needs)
+
+
+def _training_steps(folder: str, settings: Settings, evaluation: Settings, *, needs: tuple[str, ...]) -> list[Step]:
+    """Return the step that trains and merges a stage's model, and its evaluation."""
+    files = tuple(f"{folder}/{name}" for name in MERGED_FILES)
+    training = Step(f"{folder}/model", settings, files, f"{folder}/merged/{CONFIG_NAME}", needs)
+    return [training, _evaluation_step(folder, evaluation, needs=(training.name,))]
+
+
+def _evaluation_step(folder: str, settings: Settings, *, needs: tuple[str, ...] = ()) -> Step:
+    return Step(f"{folder}/heldout", settings, (f"{folder}/heldout",), f"{folder}/heldout/{RATES_NAME}", needs)
