@@ -67,6 +67,8 @@ def run_caption(values: Namespace) -> int:
             to_stdout = str(values.out) == STDOUT
             if to_stdout:  # the run's other files are of no use once it has ended
                 values.out = Path(stack.enter_context(TemporaryDirectory())) / "captions.jsonl"
+            if not values.quiet:
+                stack.callback(report_spending, values)  # on every ending: what was sent is paid for
             stack.enter_context(remote_output(values, list_videos(values).shard))
             num_failed = _caption(values, to_stdout=to_stdout)
     except (ValueError, OSError) as error:
@@ -164,7 +166,6 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
                 sys.stderr.write(f"{plural(num_written, 'clip')} listed in {dataset.path}\n")
     if not values.quiet:
         report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
-        report_spending(values)
         report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before + num_unwritten + num_unfused
 

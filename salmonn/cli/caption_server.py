@@ -85,9 +85,11 @@ def add_budget(values: Namespace) -> None:
 
 
 def report_spending(values: Namespace) -> None:
-    """Print what the run has spent on servers."""
+    """Print what the run has spent on servers, as far as this process knows."""
     if spent := values.budget.describe():
         sys.stderr.write(f"requests to servers: {spent}\n")
+    if values.engine == "ray" and values.refine_model:
+        sys.stderr.write(f"requests of the cluster's actors to {values.refine_model} are not counted\n")
 
 
 def require_one_process(values: Namespace) -> None:

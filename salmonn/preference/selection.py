@@ -75,7 +75,8 @@ class SelectionConfig:
             so on.
         min_gap: smallest difference between chosen and rejected in the main part of the rating; Total for a judge.
         max_pairs_per_video: number of pairs of a clip at most; each caption is used once.
-        max_length_ratio: largest ratio of their lengths in words, either way; none for no limit.
+        max_length_ratio: largest ratio of their lengths in words, either way; none for no limit. It and `floors` are
+            refused together with pairs of the last three settings, which they do not bound.
         floors: objective -> smallest value that the chosen caption must have, such as {"faithful": 0.8}; see
             `salmonn.preference.objectives`. A judge's scores have objectives, and reward models of that kind.
         min_spreads: smallest difference in multiples of the larger spread of the two ratings, where a reward model with

@@ -364,13 +364,13 @@ class MemoryPlan:
         return any(name.startswith(start) and inner not in name for name in names)
 
 
-def print_plan(plan: MemoryPlan, *, title: str, captions: tuple[int, int] = (1, 1)) -> None:
+def print_plan(plan: MemoryPlan, *, title: str, captions: tuple[int, int] | None = (1, 1)) -> None:
     """Print parameters, tokens and memory on rank 0.
 
     Args:
         plan: memory plan of the run.
         title: title of the parameter table.
-        captions: number of captions that the run generates at a time, and of each clip.
+        captions: number of captions that the run generates at a time, and of each clip; None if it generates none.
     """
     if not dist.is_main():
         return
@@ -381,9 +381,10 @@ def print_plan(plan: MemoryPlan, *, title: str, captions: tuple[int, int] = (1, 
     memories = {
         "training": plan.training(checkpointed=False),
         "gradient checkpointing": plan.training(checkpointed=True),
-        "one caption": plan.captioning(max_new_tokens=max_new_tokens),
     }
-    batch_size, num_samples = captions
+    if captions:
+        memories["one caption"] = plan.captioning(max_new_tokens=max_new_tokens)
+    batch_size, num_samples = captions or (1, 1)
     if batch_size > 1:
         name = f"{batch_size} captions" + (f", {num_samples} a clip" if num_samples > 1 else "")
         memories[name] = plan.captioning(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
@@ -469,7 +470,7 @@ def print_adapter_plan(
     fit: FitConfig,
     answers: int,
     title: str,
-    captions: tuple[int, int] = (1, 1),
+    captions: tuple[int, int] | None = (1, 1),
 ) -> MemoryPlan:
     """Print the memory that training an adapter on cached features needs, and captioning in batches.
 
@@ -478,7 +479,7 @@ def print_adapter_plan(
         frames, lora, placement, fit: settings of the run; without `lora` nothing is trained.
         answers: caption-length answers per clip: three in guided DPO (chosen, rejected, ground truth).
         title: name of the stage; the model's name is added.
-        captions: number of captions that the run generates at a time, and of each clip.
+        captions: see `print_plan`.
     """
     sizes = offline_config(model, frames=frames)
     network = build_on_meta(sizes)

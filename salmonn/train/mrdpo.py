@@ -224,6 +224,13 @@ class MrDpoConfig(RunConfig):
                 "selection.repetition_fraction needs the judge's quotes of repeated clauses, which reward.kind "
                 f"{self.reward.kind} does not give; set it to 0, or use --reward.kind judge"
             )
+        bounds = [name for name in ("floors", "max_length_ratio") if getattr(self.selection, name)]
+        added = [name for name in ("repetition_fraction", "repeat_negatives") if getattr(self.selection, name)]
+        if bounds and added:
+            raise ValueError(
+                f"selection.{bounds[0]} has no effect on the pairs that selection.{added[0]} adds; leave it out, or "
+                f"set --selection.{added[0]} 0"
+            )
         if self.reward.kind not in ("judge", "model") and self.selection.floors:
             raise ValueError(
                 f"selection.floors needs named objectives, which reward.kind {self.reward.kind} does not give; use "
@@ -365,6 +372,9 @@ def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:
 def print_memory_plan(config: MrDpoConfig) -> None:
     """Print the memory that a round and rebirth would need, and the hours of a round."""
     model, frames, placement = config.model, config.frames, config.placement
+    samples_here = config.sampler.server is None
+    # Held-out clips are captioned here, one caption each, unless no process has the whole model.
+    captions = (config.sampling.batch_size, config.sampling.num_samples if samples_here else 1)
     plan = print_adapter_plan(
         model,
         frames=frames,
@@ -373,7 +383,7 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         fit=config.fit,
         answers=config.sampling.num_samples + 1 if config.loss.kind == "grpo" else 3,
         title=config.loss.title,
-        captions=(config.sampling.batch_size, config.sampling.num_samples),
+        captions=None if config.load_sharded else captions,
     )
     if rebirth := config.rebirth:
         # A caption and the questions on the clip, assumed to be as long in total.
@@ -386,5 +396,6 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         num_samples=config.sampling.num_samples,
         batch_size=config.sampling.batch_size,
         is_judged_by_model=config.judge.kind != "rule" and config.reward.kind == "judge",
+        is_sampled_here=samples_here,
     )
     print_hours(work, config.estimate)

@@ -99,6 +99,7 @@ class RoundWork:
         answers: answers of a pair that are trained on, the ground truth among them.
         recomputed: share of the layers that are recomputed for the gradient.
         is_judged_by_model: whether the judge is a language model.
+        is_sampled_here: whether this model samples the captions; otherwise a server does on GPUs of its own.
     """
 
     decoder: Stack
@@ -115,6 +116,7 @@ class RoundWork:
     answers: int = 3
     recomputed: float = 0.0
     is_judged_by_model: bool = True
+    is_sampled_here: bool = True
 
     def linear_flops(self, answers: int) -> float:
         """Return the FLOPs of the layers' matrices for a prefix and some answers."""
@@ -173,7 +175,7 @@ class RoundWork:
 
 
 def estimate_hours(work: RoundWork, gpu: Gpu, *, gpus: int, judge_gpus: int) -> dict[str, float]:
-    """Return the hours of each stage of a round.
+    """Return the hours of each stage of a round; without those of sampling where a server samples.
 
     Args:
         work: sizes.
@@ -193,12 +195,14 @@ def estimate_hours(work: RoundWork, gpu: Gpu, *, gpus: int, judge_gpus: int) -> 
         "training": work.pairs * work.training_flops / training / gpus,
         "merge": 3 * work.model_bytes / DISK_BYTES,  # the start is read, the merged model written and read
     }
-    return {name: value / 3600 for name, value in seconds.items()}
+    return {name: value / 3600 for name, value in seconds.items() if name != "sampling" or work.is_sampled_here}
 
 
 def sum_hours(hours: Mapping[str, float]) -> float:
     """Return the hours of a round without encoding: captions are judged while further ones are sampled."""
-    return max(hours["sampling"], hours["judging"]) + hours["reference pass"] + hours["training"] + hours["merge"]
+    return (
+        max(hours.get("sampling", 0.0), hours["judging"]) + hours["reference pass"] + hours["training"] + hours["merge"]
+    )
 
 
 def make_work(
@@ -208,6 +212,7 @@ def make_work(
     num_samples: int,
     batch_size: int,
     is_judged_by_model: bool,
+    is_sampled_here: bool = True,
 ) -> RoundWork:
     """Return the sizes of a round.
 
@@ -215,7 +220,7 @@ def make_work(
         plan: memory plan of its training.
         config: what the estimate is for.
         num_samples, batch_size: captions of each clip, and captions that a GPU generates at a time.
-        is_judged_by_model: whether the judge is a language model.
+        is_judged_by_model, is_sampled_here: see `RoundWork`.
     """
     stored, lm = plan.numbers.stored, plan.network.lm
     num_weights = {name: part.total for name, part in plan.parameters.items() if name != "LoRA"}
@@ -238,6 +243,7 @@ def make_work(
         answers=plan.work.answers,
         recomputed=float(checkpointed) if isinstance(checkpointed, bool) else checkpointed / plan.decoder.layers,
         is_judged_by_model=is_judged_by_model,
+        is_sampled_here=is_sampled_here,
     )
 
 
@@ -254,17 +260,27 @@ def print_hours(work: RoundWork, config: EstimateConfig) -> None:
     for stage in hours[0]:
         table.add_row(stage, *(f"{one[stage]:.2f}" for one in hours))
     table.add_section()
-    table.add_row("a round, without encoding", *(f"{sum_hours(one):.2f}" for one in hours))
+    left_out = "encoding" if work.is_sampled_here else "encoding and sampling"
+    table.add_row(f"a round, without {left_out}", *(f"{sum_hours(one):.2f}" for one in hours))
     console = Console(width=100)
     console.print(table)
-    launches = work.decode_step_seconds(GPUS[0])[0]
-    traffic = ", ".join(f"{gpu.name} {1e3 * work.decode_step_seconds(gpu)[1]:.1f} ms" for gpu in GPUS)
+    rows = f"{100 * ROWS_ALIVE:.0f} % of the rows in use; " if work.is_sampled_here else ""
     console.print(
-        f"A decode step of {work.rows} captions takes {1e3 * launches:.1f} ms of launches, unless it is replayed as a "
-        f"CUDA graph ({100 * (1 - work.launched_share):.0f} %), or if longer, its memory traffic: {traffic}.\n"
-        f"Assumed: clips of 51 s; captions of {work.caption_tokens} tokens; {100 * ROWS_ALIVE:.0f} % of the rows "
-        f"in use; {100 * PREFILL_SHARE:.0f} % of the peak FLOPs in forward passes, "
+        f"{_describe_sampling(work)}\n"
+        f"Assumed: clips of 51 s; captions of {work.caption_tokens} tokens; "
+        f"{rows}{100 * PREFILL_SHARE:.0f} % of the peak FLOPs in forward passes, "
         f"{100 * TRAINING_SHARE:.0f} % in training; the judge is a 7B on further GPUs of this kind "
         f"({config.judge_gpus}), with prefix caching, and judges while captions are sampled.",
         highlight=False,
+    )
+
+
+def _describe_sampling(work: RoundWork) -> str:
+    if not work.is_sampled_here:
+        return "The server samples the captions of the training clips; its memory and its hours are not estimated."
+    launches = work.decode_step_seconds(GPUS[0])[0]
+    traffic = ", ".join(f"{gpu.name} {1e3 * work.decode_step_seconds(gpu)[1]:.1f} ms" for gpu in GPUS)
+    return (
+        f"A decode step of {work.rows} captions takes {1e3 * launches:.1f} ms of launches, unless it is replayed as a "
+        f"CUDA graph ({100 * (1 - work.launched_share):.0f} %), or if longer, its memory traffic: {traffic}."
     )

@@ -66,6 +66,7 @@ def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
         is_released[0] = True
         assert process.wait(STEP_SECONDS) == 130
         assert count_lines(out) >= 6
+        assert re.search(r"^requests to servers: \d+ requests, \d+ tokens by m at", process.stderr.read(), re.MULTILINE)
     done = read_records(out, Caption)
     num_requests = len(server.requests)
     code, _, err = call(*command(server, folder, out))

@@ -37,7 +37,7 @@ from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet
 from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, print_memory_plan
 from salmonn.train.mrdpo_steps import plan_steps
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
@@ -560,6 +560,14 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
             {"reward": RewardConfig("voter"), "selection": {"floors": {"faithful": 0.8}}},
             "named objectives, which reward.kind voter does not give",
         ),
+        (
+            {"selection": {"max_length_ratio": 1.5, "repeat_negatives": 0.25}},
+            "selection.max_length_ratio has no effect on the pairs that selection.repeat_negatives adds",
+        ),
+        (
+            {"selection": {"floors": {"faithful": 0.8}, "repetition_fraction": 0.1}},
+            "selection.floors has no effect on the pairs that selection.repetition_fraction adds",
+        ),
         ({"selection": {"min_spreads": 1.0}}, "reward.kind judge does not give; leave it out"),
         (
             {"reward": RewardConfig("model"), "selection": {"min_spreads": 1.0}},
@@ -703,3 +711,24 @@ def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, 
         with pytest.raises(ValueError, match=r"no projection q_prj; it has .*q_proj"):
             recipe.main(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_what_a_server_leaves_to_this_process(capsys):
+    """The server samples 8 captions a clip; here held-out clips get one each, and none with the model in parts."""
+    sampler = SamplerConfig(server="http://localhost:1/v1", server_model="m")
+    local = MrDpoConfig(dry_run=True, rebirth=None, sampling=SampleConfig(batch_size=16))
+    shown = []
+    for config in (
+        local,
+        replace(local, sampler=sampler),
+        replace(local, sampler=sampler, load_sharded=True, strategy="fsdp2", kl=KLConfig(num_clips=0)),
+    ):
+        print_memory_plan(config)
+        text = " ".join(capsys.readouterr().out.replace("\u2502", " ").replace("\u2503", " ").split())
+        parts = ("a clip", "16 captions", "one caption", "A decode step", "encoding and sampling", "its hours are not")
+        shown.append([part in text for part in parts])
+    assert shown == [
+        [True, True, True, True, False, False],
+        [False, True, True, False, True, True],
+        [False, False, False, False, True, True],
+    ]
