@@ -9,6 +9,7 @@ The server reads the folder itself, so it must be able to read it under the same
 import logging
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -79,17 +80,19 @@ class AdapterLoader:
             APIStatusError: the server refuses it.
             LLMStoppedError: the server cannot be reached, or is busy for too long.
         """
+        # vLLM answers with status 500 where it refuses a rank.
+        post = partial(self._client.post, body=body, retries_internal_errors=False)
         if self.is_sglang is not None:
-            self._client.post(f"{self._root}/{route}" if self.is_sglang else f"/{route}", body)
+            post(f"{self._root}/{route}" if self.is_sglang else f"/{route}")
             return
         try:
-            self._client.post(f"/{route}", body)
+            post(f"/{route}")
             self.is_sglang = False
         except openai.APIStatusError as error:
             if not _lacks_route(error):
                 self.is_sglang = False
                 raise
-            self._client.post(f"{self._root}/{route}", body)
+            post(f"{self._root}/{route}")
             self.is_sglang = True
 
     def _describe(self, error: openai.APIStatusError, folder: Path, *, rank: int) -> ValueError:

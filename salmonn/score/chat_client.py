@@ -162,19 +162,24 @@ class ChatClient:
                 f"{excerpt(body.encode())}; most addresses end in /v1"
             ) from error
 
-    def post(self, route: str, body: Mapping[str, Any]) -> str:
+    def post(self, route: str, body: Mapping[str, Any], *, retries_internal_errors: bool = True) -> str:
         """Send a request that is no chat completion, and return the body of the response.
 
         Args:
             route: path behind the server's address, or a whole address on the server.
             body: JSON object.
+            retries_internal_errors: whether status 500 is taken for a fault that may pass, and not for a refusal.
 
         Raises:
             APIStatusError: the server refuses the request.
             LLMStoppedError: the server refuses the key, cannot be reached, or is busy for too long.
         """
+
+        def may_pass(error: BaseException | None) -> bool:
+            return _is_transient(error) and (retries_internal_errors or _status_of(error) != 500)
+
         retrying = tenacity.Retrying(
-            retry=lambda state: _is_transient(_error_of(state)),
+            retry=lambda state: may_pass(_error_of(state)),
             wait=self._delay,
             stop=lambda state: self._stop.is_set() or self._seconds_left(state) <= 0,
             sleep=tenacity.sleep_using_event(self._stop),
@@ -186,7 +191,7 @@ class ChatClient:
         except openai.APIStatusError as error:
             if error.status_code == 401:
                 raise LLMStoppedError(self._key_refused(error)) from error
-            if _is_transient(error):
+            if may_pass(error):
                 raise LLMStoppedError(f"{self.address} is unavailable: {_summarize(error)}") from error
             raise
         except openai.APIConnectionError as error:

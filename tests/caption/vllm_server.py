@@ -89,6 +89,8 @@ def serve_with_vllm(executable: str, model: Path, *, log_path: Path) -> Iterator
     command += ["--served-model-name", MODEL_NAME, "--dtype", "float32", "--max-model-len", "4096", "--enforce-eager"]
     command += ["--enable-lora", "--max-lora-rank", str(MAX_LORA_RANK), "--max-num-seqs", "8"]
     command += ["--limit-mm-per-prompt", limits, "--trust-request-mm-kwargs", "--generation-config", "vllm"]
+    # A random model would fill its reply with the white space that JSON may have.
+    command += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
     env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it has its own packages
