@@ -17,7 +17,7 @@ import torch
 
 from salmonn.caption import captioner
 from salmonn.model import lora
-from salmonn.preference import reward, reward_model
+from salmonn.preference import rating, reward, reward_model
 from salmonn.train import checkpoint, evaluate, feature_cache, reference_logps, run_folder, sampling
 
 
@@ -81,7 +81,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "merge": lambda: after(captioner, "save_network"),
     "merged": lambda: before(checkpoint.shutil, "rmtree", when=has_name("checkpoints")),
     "reward": lambda: before(reward_model, "write_json", when=has_name("reward.json")),
-    "rating": lambda: before(reward_model, "write_records", when=has_name("ratings.jsonl")),
+    "rating": lambda: before(rating, "write_records", when=has_name("ratings.jsonl")),
     "audit": lambda: before(reward, "write_scores", when=lambda path, *_: Path(path).parent.name == "audit"),
     "measuring": lambda: before(evaluate, "write_json", when=has_name("rates.json")),
 }
