@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
 from salmonn.batch.discovery import stat_video
 from salmonn.batch.job import CaptionJob, JobConfig, caption_videos
@@ -17,7 +18,9 @@ from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.server import ServerCaptioner
 from salmonn.caption.server_options import ServerOptions
+from salmonn.cli.caption_server import report_spending
 from salmonn.records import Caption, read_json, read_records
+from salmonn.score.budget import Budget
 from tests.caption.served_model import captioner, describe
 from tests.launch import forked, kill
 from tests.limits import STEP_SECONDS, wait_until
@@ -154,6 +157,12 @@ def test_all_servers_share_the_budget_and_have_keys_of_their_own(folder, serve, 
         {"Bearer caption"}, {"Bearer none"}, {"Bearer fuse"},
     ]  # fmt: skip
     assert "caption" not in (tmp_path / "captions.job.json").read_text().replace("{caption}", "")
+
+
+def test_requests_of_a_cluster_are_said_not_to_be_counted(capsys):
+    for engine in ("local", "ray"):
+        report_spending(Namespace(engine=engine, refine_model="r", budget=Budget()))
+    assert capsys.readouterr().err == "requests of the cluster's actors to r are not counted\n"
 
 
 def echo(request, number):
