@@ -1,7 +1,10 @@
 """The language model alone, as transformers' own class runs it on the embeddings of our prompts."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from salmonn.caption.processor import PromptRow
@@ -25,9 +28,13 @@ def test_transformers_runs_the_exported_model_on_our_embeddings(tool, captioner,
     assert ours.std() > 0.5 and (ours - theirs).abs().max() < 1e-4
 
 
-def test_three_dimensional_positions_are_refused(tool, random_plus, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        flags = ["--model", str(random_plus), "--out", str(tmp_path / "lm")]
-        run_recipe(tool.main, tool.ExportConfig, description="", args=flags)
-    assert caught.value.code == 2 and "positions in time, height and width" in capsys.readouterr().err
-    assert not (tmp_path / "lm").exists()
+def test_the_decoder_of_2_plus_is_exported_for_the_plugin_only(tool, plus, random_plus, tmp_path):
+    flags = ["--model", str(random_plus), "--dtype", "float32", "--out", str(tmp_path / "lm")]
+    run_recipe(tool.main, tool.ExportConfig, description="", args=flags)
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    assert config["architectures"] == ["SalmonnForCausalLM"] and config["model_type"] == "qwen2"
+    assert config["rope_parameters"]["mrope_section"] == [8, 4, 4]
+    saved = load_file(tmp_path / "lm" / "model.safetensors")
+    layers = plus.network.lm.model.language_model.state_dict()
+    assert saved.keys() == {f"model.{name}" for name in layers}  # the output layer is tied to the embeddings
+    assert all(torch.equal(saved[f"model.{name}"], weight) for name, weight in layers.items())
