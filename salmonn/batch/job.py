@@ -20,6 +20,7 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.fetch import Fetcher
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
+from salmonn.batch.segment_log import SegmentLog
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.batch.transcripts import NO_TRANSCRIPT, SpeechContext
 from salmonn.caption.generator import BatchCaptioner, CaptionRequest, Sampling
@@ -113,6 +114,7 @@ def caption_videos(
     reader: ClipReader,
     store: BoundsStore | None = None,
     fetcher: Fetcher | None = None,
+    log: SegmentLog | None = None,
 ) -> Generator[VideoResult]:
     """Caption videos, and yield each once its last segment is done.
 
@@ -123,6 +125,7 @@ def caption_videos(
         reader: reads clips ahead of the model.
         store: keeps the bounds of segments.
         fetcher: fetches remote files ahead of the reader; needed if there are any.
+        log: keeps the captions of segments until their video is finished.
     """
     fetcher = fetcher or Fetcher()
     started: dict[int, IndexedVideo] = {}
@@ -139,7 +142,18 @@ def caption_videos(
             speech[number] = config.context.find(video) if config.context else (None, "")
             spoken, _ = speech[number]
             source = source_path(video.path)
-            yield replace(config.request, path=path, sampling=sampling, seed=seed, speech=spoken, source=source)
+            finished = log.take(video) if log else []
+            parts[number] = [*finished]
+            starts = frozenset(one.start_seconds or 0.0 for one in finished)
+            yield replace(
+                config.request,
+                path=path,
+                sampling=sampling,
+                seed=seed,
+                speech=spoken,
+                source=source,
+                finished_starts=starts,
+            )
 
     batches = captioner.caption_batches(
         requests(),
@@ -151,15 +165,20 @@ def caption_videos(
     )
     for batch in batches:
         for done in batch:
-            part = parts.setdefault(done.index, [])
-            part.append(done.result)
+            part, result = parts[done.index], stamp(done.result, started[done.index][1], fetcher)
+            if done.num_segments == 1:  # also where a file with finished segments cannot be split again
+                part.clear()
+            part.append(result)
+            if log and isinstance(result, Caption) and len(part) < done.num_segments:
+                log.put(result)  # the last one is written with its video
             if len(part) == done.num_segments:
                 index, video = started.pop(done.index)
                 ordered = sorted(parts.pop(done.index), key=lambda result: result.start_seconds or 0.0)
-                stamped = tuple(stamp(result, video, fetcher) for result in ordered)
                 fetcher.release(video)
                 spoken, missing = speech.pop(done.index)
-                yield VideoResult(index, video, tuple(_note_context(r, spoken, missing) for r in stamped))
+                yield VideoResult(index, video, tuple(_note_context(r, spoken, missing) for r in ordered))
+    if log:
+        log.finish()
 
 
 def _note_context(result: Caption | Failure, speech: tuple[SpeechEvent, ...] | None, missing: str) -> Caption | Failure:

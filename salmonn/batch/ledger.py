@@ -8,6 +8,7 @@
     captions.job.json          settings that the captions depend on
     captions.subtitles.jsonl   subtitle files as they were written
     captions.shots.jsonl       shots of the videos that are split at their cuts
+    captions.segments.jsonl    segments of videos that a killed run did not finish
     captions.fused.jsonl       one caption of each video, from those of its segments
 
 A killed run leaves complete lines and at most one torn one, which the next run cuts off.
@@ -198,19 +199,28 @@ class Ledger:
         Raises:
             LedgerError: the disk does not take them; the lines before them are intact.
         """
-        if not self._has_job_file:  # not before there is a caption: a mistake in the settings leaves no file behind
-            _require_same_job(self.files, self._job)  # another shard may have written it by now
-            try:
-                write_json(self.files.job, self._job)
-            except OSError as error:
-                raise LedgerError(cannot_write(self.files.job, error)) from error
-            self._has_job_file = True
+        self.write_job()
         path, limit = self.files.captions, self._lines_per_file
         if limit is not None and self._num_lines and self._num_lines + len(captions) > limit:
             path.rename(self.files.next_full())
             self._num_lines = 0
         append_records(path, captions)
         self._num_lines += len(captions)
+
+    def write_job(self) -> None:
+        """Write the settings, not before there is a caption: a mistake in them leaves no file behind.
+
+        Raises:
+            LedgerError: earlier captions were made with others, or the disk does not take the file.
+        """
+        if self._has_job_file:
+            return
+        _require_same_job(self.files, self._job)  # another shard may have written it by now
+        try:
+            write_json(self.files.job, self._job)
+        except OSError as error:
+            raise LedgerError(cannot_write(self.files.job, error)) from error
+        self._has_job_file = True
 
     def fail(self, failures: Sequence[Failure]) -> None:
         """Append failures; raises like `write`."""

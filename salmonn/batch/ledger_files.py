@@ -27,9 +27,10 @@ from salmonn.records import Record, parse_record
 FAILED_SUFFIX = ".failed.jsonl"
 SUBTITLES_SUFFIX = ".subtitles.jsonl"
 SHOTS_SUFFIX = ".shots.jsonl"
+SEGMENTS_SUFFIX = ".segments.jsonl"
 FUSED_SUFFIX = ".fused.jsonl"
 JOB_SUFFIX = ".job.json"
-SIDE_SUFFIXES = (FAILED_SUFFIX, SUBTITLES_SUFFIX, SHOTS_SUFFIX, FUSED_SUFFIX, JOB_SUFFIX)
+SIDE_SUFFIXES = (FAILED_SUFFIX, SUBTITLES_SUFFIX, SHOTS_SUFFIX, SEGMENTS_SUFFIX, FUSED_SUFFIX, JOB_SUFFIX)
 KEY_BYTES = 16
 VERSION_FIELDS = ("size_bytes", "modified_ns", "etag")  # of captions and failures: the state of the file
 MAX_FULL_FILES = 99_999
@@ -96,6 +97,7 @@ class LedgerFiles:
         failed: failures of this process.
         subtitles: log of the subtitle files that this process wrote.
         shots: log of the shots that this process found.
+        segments: captions of finished segments of videos that this process has not finished.
         fused: captions of whole videos, made from those of their segments.
         lock: lock that the writing process holds.
         job: settings of the run, shared by all shards.
@@ -107,6 +109,7 @@ class LedgerFiles:
     failed: Path = field(init=False, compare=False)
     subtitles: Path = field(init=False, compare=False)
     shots: Path = field(init=False, compare=False)
+    segments: Path = field(init=False, compare=False)
     fused: Path = field(init=False, compare=False)
     lock: Path = field(init=False, compare=False)
     job: Path = field(init=False, compare=False)
@@ -117,6 +120,7 @@ class LedgerFiles:
         self.failed = self.out.with_name(stem + FAILED_SUFFIX)
         self.subtitles = self.out.with_name(stem + SUBTITLES_SUFFIX)
         self.shots = self.out.with_name(stem + SHOTS_SUFFIX)
+        self.segments = self.out.with_name(stem + SEGMENTS_SUFFIX)
         self.fused = self.out.with_name(stem + FUSED_SUFFIX)
         self.lock = self.out.with_name(f".{stem}{self.out.suffix}.lock")
         self.job = self.out.with_name(self.out.stem + JOB_SUFFIX)
@@ -224,6 +228,7 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
         *files.all_captions(),
         *files.find(FAILED_SUFFIX),
         *files.find(SHOTS_SUFFIX),
+        *files.find(SEGMENTS_SUFFIX),
         *files.find(FUSED_SUFFIX),
         files.job,
     ]:

@@ -99,6 +99,7 @@ class CaptionRequest:
         clip_turn: number of the prompt, counted over history and prompt, that shows the file.
         speech: speech of the whole file; the part within the span is added to the prompt; None adds nothing.
         source: where the video comes from, if `path` is a temporary copy; it names the fields of templates.
+        finished_starts: starts of segments, in seconds, that have a caption and are left out when the file is split.
     """
 
     path: Path
@@ -114,6 +115,7 @@ class CaptionRequest:
     clip_turn: int = 0
     speech: tuple[SpeechEvent, ...] | None = None
     source: Path | None = None
+    finished_starts: frozenset[float] = frozenset()
 
     def with_context(self, prompt: str) -> str:
         """Return a prompt with the transcript of the span, if the speech is given."""

@@ -307,9 +307,12 @@ class ClipReader:
             try:
                 bounds = self._run(partial(segments.find_bounds, path, job.read_spec))
             except ValueError as error:
-                return [(replace(job, read_spec=_UnsplitSpec(**vars(job.read_spec), reason=str(error))), 0.0)]
+                return [(_failing(job, str(error)), 0.0)]
             if store is not None:
                 store.put(path, bounds)
+        if not job.request.finished_starts <= set(bounds[:-1]):
+            reason = f"{path}: its segments are not those that an earlier run captioned; caption all of them again"
+            return [(_failing(job, f"{reason} with --retry-failed"), 0.0)]
         return split_into_segments(job, bounds)
 
     def _wait(self, future: "Future[Result]") -> Result | ValueError:
@@ -386,12 +389,16 @@ def length_buckets(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     return [sorted(order[start:end]) for start, end in pairwise(bounds)]
 
 
+def _failing(job: ClipJob, reason: str) -> ClipJob:
+    return replace(job, read_spec=_UnsplitSpec(**vars(job.read_spec), reason=reason))
+
+
 def split_into_segments(job: ClipJob, bounds: Sequence[float]) -> list[tuple[ClipJob, float]]:
     """Return the segments of a file with their lengths.
 
     Each segment has its own seed, so that segments that look alike need not have the same caption. The last segment is
     read to the end of the file, or of the span: a file that breaks off is only recognized as truncated by what it lacks
-    there.
+    there. Segments that have a caption are left out.
 
     Args:
         job: file, or a span of it.
@@ -405,5 +412,6 @@ def split_into_segments(job: ClipJob, bounds: Sequence[float]) -> list[tuple[Cli
         request = replace(job.request, span=Span(first, last), seed=job.request.seed + number)
         end = last if number < count - 1 else job.read_spec.end_seconds
         read_spec = replace(job.read_spec, start_seconds=first, end_seconds=end)
-        segments.append((ClipJob(job.index, request, read_spec, count), last - first))
+        if first not in request.finished_starts:
+            segments.append((ClipJob(job.index, request, read_spec, count), last - first))
     return segments

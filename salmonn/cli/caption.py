@@ -246,6 +246,7 @@ def _run(
     from salmonn import dist
     from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import caption_videos, show_progress
+    from salmonn.batch.segment_log import SegmentLog
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
     retried = ledger.to_retry(listing) if values.retry_failed else None
@@ -276,8 +277,11 @@ def _run(
             # They start while the model loads.
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits, bucket_share=fetcher.bucket_share))
             store = _shot_log(ledger, fetcher) if values.segments == "shots" else None
+            log = SegmentLog(ledger) if values.segments else None
             videos = chain(first, pending)
-            results = caption_videos(load(), videos, config=config, reader=reader, fetcher=fetcher, store=store)
+            results = caption_videos(
+                load(), videos, config=config, reader=reader, fetcher=fetcher, store=store, log=log
+            )
         stack.enter_context(closing(results))
         update = stack.enter_context(
             show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)

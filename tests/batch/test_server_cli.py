@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import zlib
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from jsonargparse import Namespace
 from salmonn.batch.discovery import stat_video
 from salmonn.batch.job import CaptionJob, JobConfig, caption_videos
 from salmonn.batch.ledger import Ledger
+from salmonn.batch.segment_log import SegmentLog
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipReader
+from salmonn.caption.segments import FixedSegments
 from salmonn.caption.server import ServerCaptioner
 from salmonn.caption.server_options import ServerOptions
 from salmonn.cli.caption_server import report_spending
@@ -99,6 +104,55 @@ def test_a_reply_is_saved_before_the_next_file_is_found(serve, videos, files):
             job.save(result)
     assert (job.stats.captions, job.stats.failed) == (len(videos), 0)
     assert {one.video for one in read_records(files.captions, Caption)} == set(map(str, videos))
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_finished_segments_of_a_killed_run_are_not_paid_again(serve, videos, files, is_changed):
+    """Closing the generator before a film is finished leaves what kill -9 leaves; other segments are a failure."""
+    config = JobConfig(CaptionRequest(Path(), "Say."), segments=FixedSegments(1.0))
+    server = serve(captioner())
+
+    def run(config, *, num_requests=None):
+        """Caption the first video, until a third segment is about to be answered where `num_requests` says so."""
+        sent = len(server.requests)
+        with Ledger(files, job={}) as ledger, ClipReader(workers=0) as reader:
+            job, log = CaptionJob(ledger), SegmentLog(ledger)
+            client = ServerCaptioner(ServerOptions(server.url, "m", concurrency=1))
+            found = [stat_video(str(videos[0]))]
+            if num_requests is not None:
+                client = _Killed(client, num_requests)
+            with suppress(RuntimeError):
+                for result in caption_videos(client, job.pending(found), config=config, reader=reader, log=log):
+                    job.save(result)
+        return len(server.requests) - sent, job.stats
+
+    sent, _ = run(config, num_requests=2)
+    assert sent >= 2 and not files.captions.exists() and count_lines(files.segments) == 2
+    with files.segments.open("a") as file:
+        file.write('{"video": "torn')
+    if is_changed:
+        _, stats = run(replace(config, segments=FixedSegments(1.5)))
+        assert (stats.captions, stats.failed) == (0, 1)
+        assert "not those that an earlier run captioned" in files.failed.read_text()
+    else:
+        sent, stats = run(config)
+        captions = read_records(files.captions, Caption)
+        assert [one.segment for one in captions] == list(range(captions[0].num_segments))
+        assert sent == len(captions) - 2 > 0 and stats.captions == len(captions)
+    assert not files.segments.exists()
+
+
+class _Killed:
+    """A captioner that ends the run after some results."""
+
+    def __init__(self, captioner, num_results):
+        self._captioner, self._num_results = captioner, num_results
+        self.default_sampling = captioner.default_sampling
+
+    def caption_batches(self, *args, **options):
+        with closing(self._captioner.caption_batches(*args, **options)) as batches:
+            yield from islice(batches, self._num_results)
+        raise RuntimeError("killed")
 
 
 def test_a_resumed_run_sends_what_was_chosen_first(folder, serve, call, tmp_path):
