@@ -39,7 +39,15 @@ FOREIGN = ("vllm", "llama-server", "transformers", "tensorboard", "pip", "make",
 SHIM = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 """
-# A recipe at toy size: two steps of one round. With settings of published models: what it would need.
+# A recipe at toy size: two steps of one round. With settings of published models only its command line is read:
+# tests/test_config.py runs each of their configurations with --dry-run, and so do the pages that name this flag.
+READ_FLAGS = """
+import runpy, sys
+from salmonn import config
+config.run_recipe = lambda main, config_type, **_: config.parse_config(config_type, description="")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TORCHRUN = f"""#!{sys.executable} -ISE
 import os, sys
 args = sys.argv[1:]
@@ -47,10 +55,9 @@ while args and args[0].startswith("--"):
     if args.pop(0) == "--no-python":
         os.execvp(args[0], args)
 small = os.environ["SMALL"].split()
-flags = ["--dry-run"] if any("published" in arg for arg in args) else small
-if "--help" in args:
-    flags = []
-os.execvp("python", ["python", *args, *flags])
+if any("published" in arg for arg in args):
+    os.execvp("python", ["python", *([] if "--dry-run" in args else ["-c", {READ_FLAGS!r}]), *args])
+os.execvp("python", ["python", *args, *([] if "--help" in args else small)])
 """
 # Commands of this project, as forks of a process that has imported torch.
 FORKED = """#!/usr/bin/env bash
