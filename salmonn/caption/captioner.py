@@ -381,7 +381,7 @@ class Captioner:
         return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
 
     def resolve_prompt(self, request: CaptionRequest) -> Prompt:
-        """Return the conversation of a request, with the default prompt instead of empty ones; raises as that."""
+        """Return the conversation of a request, with the default prompt instead of empty ones."""
         default = self.default_prompt(request.modality)
         history = [(prompt or default, answer) for prompt, answer in request.history]
         return Prompt(request.with_context(request.prompt or default), history, request.system, request.clip_turn)

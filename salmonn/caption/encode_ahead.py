@@ -1,7 +1,7 @@
-"""Encoding of the next clips of a folder beside the decode steps of others, on a GPU.
+"""Encode the next clips of a folder on a GPU while earlier ones are decoded.
 
 reader        read clip 4
-thread            copy and encode clip 3, on streams of their own
+thread            copy and encode clip 3, on separate streams
 main stream       decode captions of clips 1 and 2
 """
 
@@ -32,7 +32,7 @@ class TimedInputs:
     Args:
         inputs: inputs or features.
         seconds: length.
-        must_run_alone: whether there was no memory to encode it beside others.
+        must_run_alone: whether memory was too short to encode it while others were decoded.
     """
 
     inputs: ClipInputs | ClipFeatures
@@ -48,13 +48,13 @@ class TimedInputs:
 def encode_ahead(
     captioner: "Captioner", clips: Iterable[ReadResult[TimedInputs]], *, is_ahead: bool | None = None
 ) -> Iterator[ReadResult[TimedInputs]]:
-    """Yield clips in their order, with features that may still be computed on the device in place of inputs.
+    """Yield clips in order, with features, which the device may still be computing, instead of inputs.
 
     Args:
         captioner: local model.
         clips: clips, or why they cannot be read.
-        is_ahead: take `NUM_AHEAD` clips more than are yielded, and encode them in a thread; else yield the clips as
-            they are, to be encoded with their prompts (default: on a GPU).
+        is_ahead: whether to encode up to `NUM_AHEAD` further clips in a thread (default: on a GPU); otherwise clips
+            are yielded unchanged, and encoded with their prompts.
     """
     if is_ahead is None:
         is_ahead = captioner.network.device.type == "cuda"
@@ -70,7 +70,8 @@ def encode_ahead(
         inputs = encoder.join(*future.result())
         return job, replace(clip, inputs=inputs, must_run_alone=isinstance(inputs, ClipInputs))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
+    try:
         for job, clip in clips:
             future = None if isinstance(clip, ValueError) else pool.submit(encoder.encode, clip.inputs)
             waiting.append(((job, clip), future))
@@ -78,10 +79,12 @@ def encode_ahead(
                 yield take()
         while waiting:
             yield take()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, clips that wait are not encoded
 
 
 class _Encoder:
-    """Copies and encodes clips beside the work of the main stream.
+    """Copies and encodes clips while the main stream works.
 
     Args:
         captioner: local model.
@@ -92,7 +95,7 @@ class _Encoder:
         self._captioner, self._stream, self._copies = captioner, SideStream(device), CopyStream(device)
 
     def encode(self, inputs: ClipInputs | ClipFeatures) -> "_Encoded":
-        """Start to encode a clip; one for which there is no memory now is returned as it is."""
+        """Start encoding a clip; if memory is short, return its inputs unchanged."""
         assert isinstance(inputs, ClipInputs)
         try:
             with self._stream.use():

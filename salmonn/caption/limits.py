@@ -22,7 +22,7 @@ class BatchLimits:
 
     Args:
         num_rows: maximum number of sequences.
-        num_tokens: maximum number of tokens that the KV cache has room for; None for any.
+        num_tokens: maximum number of tokens that the KV cache can hold; None for no limit.
         growth: columns for generated tokens are added in steps of this number.
         is_padded: whether pages of prefixes and rows are padded, as in a static `KVCache`.
     """
@@ -51,7 +51,7 @@ class BatchLimits:
 
 
 def measure_limits(network: Network, *, batch_size: int | None, default: int) -> BatchLimits:
-    """Return what fits into the memory of the GPUs that is free now; on a CPU, only the number of sequences is limited.
+    """Return the limits that fit into the free memory of the GPUs; on a CPU, only the number of sequences is limited.
 
     Args:
         network: network on its devices.
@@ -69,7 +69,7 @@ def measure_limits(network: Network, *, batch_size: int | None, default: int) ->
         for device, num_layers in layer_devices(network).items()
     )
     num_rows = max(default, GPU_BATCH_SIZE) if batch_size is None else batch_size
-    is_static = is_on_one_gpu(network)  # and steps are recorded
+    is_static = is_on_one_gpu(network)  # decode steps are then recorded
     return BatchLimits(num_rows, num_tokens, GROWTH_STATIC if is_static else GROWTH, is_static)
 
 

@@ -50,7 +50,7 @@ class TokenDraft:
             self.tokens = logits.argmax(-1)
             return
         self._probabilities = (logits / sampling.temperature).softmax(-1)
-        if logits.shape[-1] <= 4 * NUCLEUS_TOKENS:
+        if logits.shape[-1] <= 4 * NUCLEUS_TOKENS or sampling.top_p >= 1:
             self.tokens = self._sample_sorted()
             return
         top, ids = self._probabilities.topk(NUCLEUS_TOKENS, dim=-1)

@@ -12,6 +12,7 @@ it, and its logits are dropped before any token is sampled.
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Recording takes as long as some steps, and not every shape lasts. These steps also load all kernels.
 STEPS_BEFORE_RECORDING = 4
 MAX_RECORDED = 16  # steps that are kept; each takes some tens of MiB of a GPU
+MAX_FAILED = 3  # attempts to record that run out of memory, after which no step is recorded
 
 Run = Callable[[], Tensor]
 Record = Callable[[Run], tuple[Callable[[], object], Tensor]]
@@ -57,7 +59,7 @@ class GraphDecoder:
 
     def __init__(self, network: Network, *, make_recorder: Callable[[], Record] | None = None) -> None:
         self.network = network
-        self.num_recorded = self.num_replayed = 0
+        self.num_recorded = self.num_replayed = self._num_failed = 0
         is_on_gpu = is_on_one_gpu(network)
         self._make_recorder = make_recorder or (CudaGraphRecorder if is_on_gpu else None)
         self.layers = make_decode_layers(network) if is_on_gpu and isinstance(network, Network) else None
@@ -101,8 +103,13 @@ class GraphDecoder:
             with torch.cuda.device_of(tokens):
                 self._recorded[shape] = _RecordedStep(padded, *self._record(run))
         except Exception as error:  # noqa: BLE001, whatever the reason, steps also work unrecorded
-            logger.warning("decode steps cannot be recorded as a CUDA graph (%s); captions take longer", error)
-            self._make_recorder, cache.is_static = None, False
+            # Recorded steps and their memory are released. A lack of memory may pass, so recording is tried again.
+            self._recorded.clear()
+            self._record = self._storage = None
+            self._num_failed += 1
+            if not isinstance(error, torch.OutOfMemoryError) or self._num_failed >= MAX_FAILED:
+                logger.warning("decode steps cannot be recorded as a CUDA graph (%s); captions take longer", error)
+                self._make_recorder, cache.is_static = None, False
             return
         self.num_recorded += 1
         if len(self._recorded) > MAX_RECORDED:
@@ -124,8 +131,11 @@ class CudaGraphRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it would hide the reason
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or graph.pool()
         return graph.replay, result

@@ -1,4 +1,4 @@
-"""Which row of a KV cache attends to what, as tensors of the shape of a decode step, which may be padded."""
+"""Tables that say which cache entries each row attends to, shaped for a decode step and possibly padded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields

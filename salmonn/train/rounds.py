@@ -114,9 +114,7 @@ def load_or_select(
                 source=source,
                 foreign=config.inserted_clause == "other",
             )
-            log.info(
-                "%s: added %d pairs of what a caption says next and a clause said again", folder.name, len(negatives)
-            )
+            log.info("%s: added %d pairs with a repeated clause rejected", folder.name, len(negatives))
             added += negatives
         return pairs + added
 

@@ -344,7 +344,7 @@ class ServerSampler:
             self._publish(temporary / "stacked", self._folder / name)
         if stacked.error:
             log.warning(
-                "%s has rank %d instead of that of all rounds; it lacks %.2f %% of the norm of their sum",
+                "%s has rank %d, less than all rounds together; the difference is %.2f %% of the norm of their sum",
                 name,
                 stacked.rank,
                 100 * stacked.error,

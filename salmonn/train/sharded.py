@@ -29,7 +29,7 @@ def check_sharded(config: "MrDpoConfig") -> None:
     """Check the settings of a run whose model does not fit on one GPU.
 
     With `load_sharded`, each process loads a part of the weights. A server samples all captions, those of held-out
-    clips too, and no question is answered.
+    clips too, and questions are not evaluated.
 
     Raises:
         ValueError: some setting needs the whole model.
@@ -118,7 +118,7 @@ def wait_for_weights(folder: Path) -> None:
     while missing := expected - {file.name for file in folder.iterdir()}:
         if time.monotonic() >= deadline:
             raise ValueError(
-                f"{folder} lacks {', '.join(sorted(missing)[:8])}, which other processes have written: use a folder on "
-                "a file system that all machines share, and start again"
+                f"{folder} lacks {', '.join(sorted(missing)[:8])}, which other processes should have written: use a "
+                "folder on a file system that all machines share, and run again"
             )
         time.sleep(_POLL_SECONDS)

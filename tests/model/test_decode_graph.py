@@ -114,3 +114,24 @@ def test_steps_that_cannot_be_recorded(captioner, media, caplog):
     found, *_ = generate(captioner, media, make_recorder=lambda: fail)
     assert {len(tokens) for tokens in found.values()} == {HOT.max_new_tokens}
     assert caplog.text.count("cannot be recorded as a CUDA graph (operation not permitted") == 1
+
+
+@pytest.mark.parametrize("num_failures", [1, decode_graph.MAX_FAILED])
+def test_a_recording_that_runs_out_of_memory(captioner, media, caplog, num_failures):
+    """Memory may be short for a moment only, so recording is tried again, but not for ever."""
+    attempts = []
+
+    def record_later(run):
+        attempts.append(run)
+        if len(attempts) <= num_failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(run)
+
+    expected, *_ = generate(captioner, media, make_recorder=None)
+    found, _, decoder = generate(captioner, media, make_recorder=lambda: record_later)
+    assert found == expected
+    if num_failures == 1:
+        assert decoder.num_recorded >= 1 and decoder.num_replayed >= 1 and not caplog.text
+    else:
+        assert len(attempts) == num_failures and not decoder.num_recorded
+        assert caplog.text.count("cannot be recorded as a CUDA graph (CUDA out of memory)") == 1
