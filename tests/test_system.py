@@ -52,7 +52,9 @@ sys.modules |= dict.fromkeys(("fcntl", "resource", "termios", "pwd", "grp"))
 sys.modules["msvcrt"] = SimpleNamespace(locking=locking, LK_NBLCK=2)
 import salmonn
 for module in pkgutil.walk_packages(salmonn.__path__, "salmonn."):
-    if module.name.split(".")[1] not in ("__main__", "webui") and module.name != "salmonn.lmms_eval.model":
+    if module.name in ("salmonn.lmms_eval.model", "salmonn.caption.vllm_model"):  # these need another package
+        continue
+    if module.name.split(".")[1] not in ("__main__", "webui"):
         importlib.import_module(module.name)
 assert not sys.modules["salmonn.system"].FOLDERS_CAN_BE_LOCKED
 sys.exit(sys.modules["salmonn.cli"].main(sys.argv[1:]))

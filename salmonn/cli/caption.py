@@ -68,7 +68,8 @@ def run_caption(values: Namespace) -> int:
             if to_stdout:  # the run's other files are of no use once it has ended
                 values.out = Path(stack.enter_context(TemporaryDirectory())) / "captions.jsonl"
             if not values.quiet:
-                stack.callback(report_spending, values)  # on every ending: what was sent is paid for
+                # On every ending, because what was sent is paid for.
+                stack.push(lambda kind, *_: report_spending(values, is_failed=kind is not None))
             stack.enter_context(remote_output(values, list_videos(values).shard))
             num_failed = _caption(values, to_stdout=to_stdout)
     except (ValueError, OSError) as error:

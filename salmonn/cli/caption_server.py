@@ -84,8 +84,15 @@ def add_budget(values: Namespace) -> None:
         find_api_key(config, flag=flag)
 
 
-def report_spending(values: Namespace) -> None:
-    """Print what the run has spent on servers, as far as this process knows."""
+def report_spending(values: Namespace, *, is_failed: bool = False) -> None:
+    """Print what the run has spent on servers, as far as this process knows.
+
+    Args:
+        values: options of the run.
+        is_failed: whether an error ended the run; then requests without any tokens, which cost nothing, are left out.
+    """
+    if is_failed and not any(spent.tokens for spent in values.budget.spent.values()):
+        return
     if spent := values.budget.describe():
         sys.stderr.write(f"requests to servers: {spent}\n")
     if values.engine == "ray" and values.refine_model:

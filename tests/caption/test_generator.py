@@ -21,7 +21,7 @@ def test_requests_need_no_torch():
 
 def test_options_are_the_fields_of_a_request():
     fields = {field.name for field in dataclasses.fields(CaptionRequest)}
-    assert fields - {"path", "num_samples"} == set(RequestOptions.__annotations__)
+    assert fields - {"path", "num_samples", "finished_starts"} == set(RequestOptions.__annotations__)
 
 
 def test_generators_agree(captioner, videos):

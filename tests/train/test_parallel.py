@@ -226,5 +226,5 @@ def test_a_sharded_model_is_published_when_all_its_files_are_visible(tmp_path, m
     assert len(naps) == 2
     monkeypatch.setattr(sharded, "_VISIBLE_SECONDS", 0)
     index.unlink()
-    with pytest.raises(ValueError, match=r"lacks model\.safetensors, which other processes have written"):
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors, which other processes should have written"):
         sharded.wait_for_weights(tmp_path)
