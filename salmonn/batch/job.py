@@ -128,31 +128,23 @@ def caption_videos(
         log: keeps the captions of segments until their video is finished.
     """
     fetcher = fetcher or Fetcher()
-    started: dict[int, IndexedVideo] = {}
-    parts: dict[int, list[Caption | Failure]] = {}
-    speech: dict[int, tuple[tuple[SpeechEvent, ...] | None, str]] = {}
-
+    started: dict[int, _StartedVideo] = {}
     limit = captioner.default_sampling().max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     sampling = replace(config.request.sampling or Sampling(), max_new_tokens=limit)
 
     def requests() -> Iterator[CaptionRequest]:
         for number, (index, video, path) in enumerate(fetcher.ahead(videos)):
-            started[number] = (index, video)
-            seed = config.request.seed + path_number(video.path)
-            speech[number] = config.context.find(video) if config.context else (None, "")
-            spoken, _ = speech[number]
-            source = source_path(video.path)
+            speech, missing = config.context.find(video) if config.context else (None, "")
             finished = log.take(video) if log else []
-            parts[number] = [*finished]
-            starts = frozenset(one.start_seconds or 0.0 for one in finished)
+            started[number] = _StartedVideo(index, video, speech, missing, [*finished])
             yield replace(
                 config.request,
                 path=path,
                 sampling=sampling,
-                seed=seed,
-                speech=spoken,
-                source=source,
-                finished_starts=starts,
+                seed=config.request.seed + path_number(video.path),
+                speech=speech,
+                source=source_path(video.path),
+                finished_starts=frozenset(one.start_seconds or 0.0 for one in finished),
             )
 
     batches = captioner.caption_batches(
@@ -165,20 +157,34 @@ def caption_videos(
     )
     for batch in batches:
         for done in batch:
-            part, result = parts[done.index], stamp(done.result, started[done.index][1], fetcher)
+            one = started[done.index]
+            result = stamp(done.result, one.video, fetcher)
             if done.num_segments == 1:  # also where a file with finished segments cannot be split again
-                part.clear()
-            part.append(result)
-            if log and isinstance(result, Caption) and len(part) < done.num_segments:
-                log.put(result)  # the last one is written with its video
-            if len(part) == done.num_segments:
-                index, video = started.pop(done.index)
-                ordered = sorted(parts.pop(done.index), key=lambda result: result.start_seconds or 0.0)
-                fetcher.release(video)
-                spoken, missing = speech.pop(done.index)
-                yield VideoResult(index, video, tuple(_note_context(r, spoken, missing) for r in ordered))
+                one.parts.clear()
+            one.parts.append(result)
+            if len(one.parts) == done.num_segments:
+                del started[done.index]
+                fetcher.release(one.video)
+                yield one.finish()
+            elif log and isinstance(result, Caption):  # the last one is written with its video
+                log.put(result)
     if log:
         log.finish()
+
+
+@dataclass(frozen=True)
+class _StartedVideo:
+    index: int
+    video: VideoFile
+    speech: tuple[SpeechEvent, ...] | None
+    missing: str
+    parts: list[Caption | Failure]
+
+    def finish(self) -> VideoResult:
+        ordered = sorted(self.parts, key=lambda result: result.start_seconds or 0.0)
+        return VideoResult(
+            self.index, self.video, tuple(_note_context(one, self.speech, self.missing) for one in ordered)
+        )
 
 
 def _note_context(result: Caption | Failure, speech: tuple[SpeechEvent, ...] | None, missing: str) -> Caption | Failure:

@@ -188,7 +188,7 @@ def test_a_run_out_of_budget_is_resumed(folder, serve, call, tmp_path):
 
 
 def test_all_servers_share_the_budget_and_have_keys_of_their_own(folder, serve, call, tmp_path, monkeypatch):
-    """4 requests of the probe, two segments, each of which is refined, and one that fuses them.
+    """4 requests of the probe, one for each of two segments and for its refinement, and one that fuses them.
 
     The second run takes the finished segment of the first one, which is not paid for again.
     """
