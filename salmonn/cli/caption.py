@@ -257,12 +257,6 @@ def _run(
     first = list(islice(pending, MAX_WORKERS))
     if not first:
         return ""
-    count: Callable[[], Iterator[object]] | None = None
-    if values.retry_failed:
-        count = ledger.to_retry
-    elif not listing.is_read_once:
-        listed = (one for one in listing.videos(quiet=True) if ledger.status(one) == "pending")
-        count = lambda: islice(listed, values.limit)  # noqa: E731
     reader = None
     results: Generator[VideoResult]
     with ExitStack() as stack:
@@ -285,7 +279,9 @@ def _run(
             )
         stack.enter_context(closing(results))
         update = stack.enter_context(
-            show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)
+            show_progress(
+                job.stats, count=_counter(ledger, listing, values), is_shown=dist.is_main() and not values.quiet
+            )
         )
         start = time.perf_counter()
         for result in results:
@@ -294,6 +290,16 @@ def _run(
         seconds = time.perf_counter() - start
     speed = f"; {60 * job.stats.videos / seconds:.1f} clips per minute"
     return speed + (f" ({reader.waited_seconds / seconds:.0%} of the time waiting for files)" if reader else "")
+
+
+def _counter(ledger: "Ledger", listing: "VideoListing", values: Namespace) -> "Callable[[], Iterator[object]] | None":
+    """Return what lists the pending videos once more, to count them; None if they can be listed only once."""
+    if values.retry_failed:
+        return ledger.to_retry
+    if listing.is_read_once:
+        return None
+    listed = (one for one in listing.videos(quiet=True) if ledger.status(one) == "pending")
+    return lambda: islice(listed, values.limit)
 
 
 def _shot_log(ledger: "Ledger", fetcher: "Fetcher") -> "ShotLog":

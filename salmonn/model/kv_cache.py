@@ -42,7 +42,7 @@ class _Pool:
     values: Tensor
 
     def has_room(self, count: int, columns: int) -> bool:
-        """Return whether there are so many parts and columns."""
+        """Return whether this is the shape of given numbers of parts and columns."""
         return len(self.keys) >= count and self.keys.shape[2] >= columns
 
     def make_room(self, count: int, columns: int) -> None:

@@ -4,7 +4,7 @@
 
 Counted on a CPU at the level at which PyTorch chooses kernels, views left out. Layers and heads are those of a 7B. For
 whole steps all else is small; attention is also counted alone, at full size. Steps are counted through the layers of
-transformers, as a CPU runs them, and with the functions that a GPU runs compiled, each of which counts once for every
+transformers, as a CPU runs them, and with the functions that a GPU runs compiled; each counts once for every
 result of a shape of its own. With `--compile true` these functions are also compiled for the CPU and compared.
 """
 
