@@ -42,7 +42,7 @@ class _Pool:
     values: Tensor
 
     def has_room(self, count: int, columns: int) -> bool:
-        """Return whether this is the shape of given numbers of parts and columns."""
+        """Return whether there are at least `count` parts with `columns` columns each."""
         return len(self.keys) >= count and self.keys.shape[2] >= columns
 
     def make_room(self, count: int, columns: int) -> None:
