@@ -75,7 +75,7 @@ ELSEWHERE = {
     "python tools/merge.py": "tests/tools/test_merge.py",
     "python tools/export_lm.py": "tests/tools/test_export_lm.py",
     "python tools/raters.py": "tests/tools/test_raters.py",
-    "salmonn votes run/votes": "tests/preference/test_feedback.py",
+    "salmonn votes run/votes": "tests/preference/test_feedback_report.py",
     "salmonn caption clips --out captions_by_ray.jsonl": "tests/batch/test_ray_cluster.py",
     "salmonn caption clips --out structured.jsonl": "tests/batch/test_events_format.py",
     "python tools/assemble.py": "tests/tools/test_assemble.py",

@@ -19,7 +19,7 @@ from salmonn.webui.rendering import (
     render_scored_caption,
 )  # fmt: skip
 from salmonn.webui.scorer import CaptionAnalysis
-from tests.preference.test_feedback import VOTE
+from tests.preference.feedback_examples import VOTE
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 VISUAL, AUDIO = Event("a red circle appears", "visual", 1.0, 2.0), Event("a low tone", "audio", 3.0)

@@ -29,7 +29,7 @@ from salmonn.webui.scorer import CaptionScorer
 from salmonn.webui.session import AppState
 from salmonn.webui.uploads import UploadStore
 from salmonn.webui.write_tab import WriteTab
-from tests.preference.test_feedback import LEFT, RIGHT
+from tests.preference.feedback_examples import LEFT, RIGHT
 
 REQUEST = SimpleNamespace(session_hash="ann")
 UNPAIRED_SURROGATE = "a dog \ud800 barks"

@@ -1,0 +1,178 @@
+"""What recipes train on: comparisons from votes, ratings, edits and marks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from salmonn.preference.export import export_rows
+from salmonn.preference.feedback import Candidate
+from salmonn.preference.feedback_pairs import describe_comparisons, last_ratings, to_comparisons
+from salmonn.preference.feedback_report import summarize_feedback
+from salmonn.records import Mark
+from tests.preference.feedback_examples import KEPT, LEFT, PAIR, RIGHT, VOTE, rate
+
+
+def test_a_vote_becomes_a_comparison_that_a_recipe_reads(store, video, load_recipe, tmp_path):
+    saved = store.add(VOTE, video)
+    # The first 24 digits of sha256("frames"), and the suffix in lower case.
+    assert saved.kept_video == "594cfd2607d4f09e1ce62412.mp4" and store.read() == [saved]
+    path = store.folder / "videos" / saved.kept_video
+    assert path.read_bytes() == b"frames"
+    dpo = load_recipe("dpo")
+    config = dpo.OfflineDpoConfig(feedback=store.folder, model="none", out=tmp_path / "out")
+    ((comparison, clip),) = dpo.load_feedback(config)
+    assert comparison == replace(PAIR, video=f"videos/{saved.kept_video}")
+    assert (clip.video, clip.modality) == (path, "both")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 1 files do not exist"):
+        dpo.load_feedback(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "truth"),
+    [
+        ({"text": " A dog yawns. ", "reference": "Known."}, "A dog yawns."),
+        ({"reference": "Known."}, "Known."),
+        ({"reference": "Known.", "start_seconds": 1.0}, ""),  # a reference describes the whole video
+        ({}, ""),
+    ],
+)
+def test_the_ground_truth_of_a_vote(changes, truth):
+    ((comparison,), unused) = to_comparisons([replace(KEPT, modality="audio", **changes)])
+    assert (comparison.ground_truth, comparison.modality, not unused) == (truth, "audio", True)
+    assert comparison.start_seconds == changes.get("start_seconds")
+
+
+def test_ratings_become_pairs_of_each_clip():
+    """Good: a (ann), d (accepted); bad: b (ann and bob against cy), c (ann, who changed her mind). Unclear: e."""
+    feedback = [
+        rate("good", "a", "ann"), rate("bad", "b", "ann"), rate("bad", "b", "bob"), rate("good", "b", "cy"),
+        rate("good", "c", "ann"), rate("bad", "c", "ann"), rate("accept", "d", "bob"),
+        rate("bad", "e", "ann"), rate("good", "e", "bob"),
+        rate("good", "f", "ann", start_seconds=1.0),  # another clip
+        replace(KEPT, kept_video="w.mp4", choice="both bad", rater="ann"),
+    ]  # fmt: skip
+    comparisons, unused = to_comparisons(feedback)
+    assert [(one.chosen, one.rejected, one.rater) for one in comparisons] == [("a", "b", ""), ("d", "c", "")]
+    assert {one.source for one in comparisons} == {"rating"}
+    assert unused == {
+        "people disagree whether the caption is good": 1,
+        "no caption of the clip with the opposite rating": 1 + 2,
+    }
+    alone, unused = to_comparisons(feedback, unpaired=True)
+    assert [(one.chosen, one.rejected) for one in alone] == [
+        ("a", ""), ("", "b"), ("", "c"), ("d", ""), ("f", ""), ("", LEFT.text), ("", RIGHT.text),
+    ]  # fmt: skip
+    assert all(one.chosen_finished == bool(one.chosen) and one.rejected_finished == bool(one.rejected) for one in alone)
+    assert [one.rater for one in alone] == ["ann", "", "ann", "bob", "ann", "ann", "ann"]
+
+
+def test_edits_and_what_is_missing():
+    """The person's text is the ground truth of all comparisons of the clip."""
+    draft = "A dog barks, and a cat sleeps."
+    mark = Mark(13, 30)
+    assert draft[13:30] == "and a cat sleeps."
+    feedback = [
+        rate("bad", draft, "ann", marks=(mark,), missing="A bird sings."),
+        rate("edit", draft, "bob", text="A dog barks."),
+        replace(
+            KEPT, action="finish", first=Candidate("", "", "Describe it."), second=None, choice=None, text="A dog."
+        ),
+        replace(KEPT, action="finish", kept_video="w.mp4", second=None, choice=None, text="Alone."),
+    ]
+    comparisons, unused = to_comparisons(feedback)
+    assert [(one.source, one.chosen, one.rejected) for one in comparisons] == [
+        ("edit", "A dog barks.", draft),
+        ("missing", "A dog barks. A bird sings.", draft),
+    ]
+    assert [one.ground_truth for one in comparisons] == ["A dog barks.", "A dog."]
+    assert all(one.rejected_marks == (mark,) and one.chosen_marks == () for one in comparisons)
+    assert describe_comparisons(comparisons, unused) == (
+        "2 comparisons (1 from edit, 1 from missing); not used: no caption of the clip with the opposite rating (1), "
+        "a text without a draft, and no other feedback on the clip (1)"
+    )
+
+
+def test_what_counts_as_ground_truth():
+    """What a person wrote, before references, also of votes; never a model's draft that was accepted."""
+    written = rate("edit", "A dog barks.", text="A dog barks twice.")
+    accepted = rate("accept", "A cat sleeps.", text="A cat sleeps.", reference="Known.")
+    vote = replace(KEPT, reference="Known.")
+    comparisons, _ = to_comparisons([written, accepted, vote])
+    assert {one.ground_truth for one in comparisons if one.video == PAIR.video} == {"A dog barks twice."}
+    assert to_comparisons([accepted, vote])[0] == [replace(PAIR, ground_truth="Known.")]
+    assert summarize_feedback([written, accepted]).num_edits == 1
+
+
+def test_a_later_rating_replaces_the_one_before():
+    """With its marks and what was missing, in training and in the report."""
+    other = rate("bad", "A cat.", "ann")
+    first = rate("bad", "A dog.", "ann", marks=(Mark(0, 6),), missing="A bird sings.", tab="caption")
+    feedback = [first, first, other, replace(first, action="good", marks=(), missing="")]
+    ((pair,), _) = to_comparisons(feedback)
+    assert (pair.chosen, pair.rejected, pair.chosen_marks) == ("A dog.", "A cat.", ())
+    assert [one.missing for one in last_ratings([first, *feedback[::-1]])] == ["", "A bird sings."]
+    copies = [rate("copy", "A dog.", tab="caption")] * 5  # of an earlier version, which did not count captions shown
+    shown = [rate("shown", "", tab="caption")] * 2
+    (model, *_) = summarize_feedback([*feedback, *copies, *shown]).models
+    assert (model.rated_good.count, model.rated_good.total) == (1, 1)
+    assert (model.copied.count, model.copied.total) == (0, 2)
+
+
+def test_marks_alone_prefer_no_silence():
+    assert to_comparisons([rate("bad", "A dog barks.", marks=(Mark(0, 12),))])[0] == []
+
+
+def test_feedback_trains_on_what_it_has(load_recipe, store, video, caplog):
+    """Ratings are paired or not, as the loss needs; texts that the model cannot learn are left out with a warning."""
+    dpo = load_recipe("dpo")
+    caplog.set_level("INFO")
+
+    def check(comparison):
+        if "<|" in comparison.rejected:
+            raise ValueError("the text contains a special token")
+
+    for one in (rate("good", "a"), rate("bad", "b"), rate("bad", "<|im_end|>")):
+        store.add(one, video)
+    config = dpo.OfflineDpoConfig(feedback=store.folder, model="none", out=store.folder / "out")
+    ((pair, _),) = dpo.load_feedback(config, check=check)
+    assert (pair.chosen, pair.rejected) == ("a", "b")
+    assert "1 comparisons (1 from rating); not used: the text contains a special token (1)" in caplog.text
+    unpaired = replace(config, loss=replace(config.loss, kind="bco_pair"))
+    assert [(one.chosen, one.rejected) for one, _ in dpo.load_feedback(unpaired, check=check)] == [("a", ""), ("", "b")]
+    with pytest.raises(ValueError, match="has them of fewer than two clips"):
+        dpo.load_feedback(replace(config, loss=replace(config.loss, kind="kto")), check=check)
+    with pytest.raises(ValueError, match=r"nothing to train on: no comparisons; not used: .* \(2\)"):
+        dpo.load_feedback(config, check=lambda _: (_ for _ in ()).throw(ValueError("no")))
+
+
+def test_exports(votes, call, tmp_path):
+    """Three votes for B, of the sampled model "one" and of "two"; and a rating."""
+    votes.add(replace(rate("bad", "A dog."), kept_video="", rater="cy"), tmp_path / "a.mp4")
+    out = tmp_path / "out.jsonl"
+    rows = {}
+    for kind in ("arena", "unpaired", "trl"):
+        code, _, err = call("votes", votes.folder, "--export", kind, "--out", out)
+        assert code == 0, err
+        text = out.read_text()
+        rows[kind] = json.loads(text) if kind == "arena" else [json.loads(line) for line in text.splitlines()]
+    assert [row["judge"] for row in rows["arena"]] == ["ann", "ann", "bob"]
+    assert rows["arena"][0] == {
+        "model_a": "one (temperature 0.8)", "model_b": "two", "winner": "model_b", "judge": "ann",
+        "turn": 1, "anony": True, "language": "unknown", "tstamp": 1795341600.0,
+    }  # fmt: skip
+    (rated,) = rows["unpaired"]
+    (path,) = rated["videos"]
+    assert path == str(votes.folder / "videos" / votes.read()[0].kept_video)
+    assert export_rows(votes.folder / "feedback.jsonl", out, kind="unpaired")[0] == 1
+    assert json.loads(out.read_text())["videos"] == [path]
+    assert (rated["completion"], rated["label"]) == ([{"role": "assistant", "content": "A dog."}], False)
+    assert [row["chosen"][0]["content"] for row in rows["trl"]] == [RIGHT.text] * 3
+    Path(path).unlink()
+    assert export_rows(votes.folder, out, kind="unpaired")[1]["no video"] == 1
+    code, _, err = call("votes", votes.folder, "--export", "trl")
+    assert code == 2 and "give both, or neither" in err
+    code, _, err = call("votes", votes.folder, "--export", "trl", "--out", out, "--forget", "ann")
+    assert code == 2 and "--forget deletes and --export writes" in err and len(votes.read()) == 5
