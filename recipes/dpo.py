@@ -19,6 +19,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
+from salmonn.files import iter_numbered_records
 from salmonn.model.loading import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.comparisons import conversation_to_comparison
@@ -26,7 +27,7 @@ from salmonn.preference.feedback import read_feedback
 from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
 from salmonn.preference.losses import UNPAIRED_LOSSES, LossConfig, Role, make_loss
 from salmonn.preference.subset import SubsetConfig
-from salmonn.records import Comparison, iter_numbered_records
+from salmonn.records import Comparison
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import ClipSource, check_texts, require_files
 from salmonn.train.dry_run import check_adapters, print_adapter_plan

@@ -18,6 +18,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
+from salmonn.files import parse_record, read_json, read_records, write_json
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
@@ -29,7 +30,7 @@ from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
-from salmonn.records import Caption, Comparison, parse_record, read_json, read_records, write_json
+from salmonn.records import Caption, Comparison
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import (
     ClipSet,

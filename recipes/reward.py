@@ -18,6 +18,7 @@ from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
+from salmonn.files import read_records, write_records
 from salmonn.model.loading import load_config
 from salmonn.preference.agreement import describe_agreement, looking_warning
 from salmonn.preference.claims import attach_credits
@@ -32,7 +33,7 @@ from salmonn.preference.comparisons import (
 from salmonn.preference.ideal_point import IdealPointConfig
 from salmonn.preference.objectives import attach_objectives
 from salmonn.preference.reward_model import HEAD_NAME, INFO_NAME, read_info
-from salmonn.records import Caption, Reference, Score, read_records, write_records
+from salmonn.records import Caption, Reference, Score
 from salmonn.score.formats import read_scores
 from salmonn.train.data import ClipSource, check_texts
 from salmonn.train.dry_run import check_adapters, print_adapter_plan

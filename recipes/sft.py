@@ -21,6 +21,7 @@ from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
+from salmonn.files import write_json
 from salmonn.model.config import PLAIN_PROMPTS, SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.families.salmonn2 import tiny_config
@@ -29,7 +30,7 @@ from salmonn.model.loading import CONFIG_NAME, load_config, load_network, offlin
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.model.network import Network
 from salmonn.preference.reward import make_judge
-from salmonn.records import Modality, Reference, write_json
+from salmonn.records import Modality, Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
 from salmonn.synthetic.render import SynthConfig, sample_clip

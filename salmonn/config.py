@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from salmonn.records import write_text
+from salmonn.files import write_text
 
 Config = TypeVar("Config")
 

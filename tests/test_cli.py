@@ -16,7 +16,8 @@ from salmonn import __version__
 from salmonn.cli.caption_options import caption_parser
 from salmonn.cli.main import COMMANDS, build_parser, name_flags
 from salmonn.config import parse_config
-from salmonn.records import Caption, Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Reference
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 

@@ -19,7 +19,8 @@ from salmonn.conversations import (
     parse_conversation,
     read_conversations,
 )
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 
 DATA = Path(__file__).parents[1] / "data"
 HUMAN = {"from": "human", "value": "<image>\nWhat?"}

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 from salmonn.synthetic.render import SynthConfig, sample_clip
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"

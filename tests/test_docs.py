@@ -23,7 +23,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from salmonn.records import Caption, Reference, read_records, write_json, write_records, write_text
+from salmonn.files import read_records, write_json, write_records, write_text
+from salmonn.records import Caption, Reference
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.caption.served_model import captioner, is_about_a_clip

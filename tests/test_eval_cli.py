@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from salmonn.records import Caption, Event, Reference, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption, Event, Reference
 from salmonn.score.autodq import DreamScore, compute_dream_rates, parse_classes
 from salmonn.score.llm_judge import InvalidReplyError
 from tests.score.fake_llm_server import Answer

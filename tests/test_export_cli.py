@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from salmonn.batch.ledger_files import append_records
-from salmonn.records import Caption, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption
 
 
 def halves(text: str) -> list[Caption]:

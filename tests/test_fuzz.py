@@ -18,7 +18,8 @@ import pytest
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generator import Sampling
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 SEED = 8

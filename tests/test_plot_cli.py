@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from salmonn.records import write_json, write_text
+from salmonn.files import write_json, write_text
 from salmonn.score.metrics import Rates
 from tests.limits import RUN_SECONDS
 

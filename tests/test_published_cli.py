@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from salmonn import cli
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.files import read_records
 from salmonn.model.families import salmonn2_plus
-from salmonn.records import Caption, read_records
+from salmonn.records import Caption
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 

@@ -5,23 +5,8 @@ import os
 
 import pytest
 
-from salmonn.records import (
-    Caption,
-    Comparison,
-    Event,
-    JudgeInfo,
-    Mention,
-    Question,
-    Reference,
-    Score,
-    Unscored,
-    append_record,
-    atomic_folder,
-    read_records,
-    write_json,
-    write_records,
-    write_text,
-)
+from salmonn.files import append_record, atomic_folder, read_records, write_json, write_records, write_text
+from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Question, Reference, Score, Unscored
 
 REFERENCE = Reference(
     "videos/a.mp4",

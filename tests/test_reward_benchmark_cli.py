@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.files import read_json
 from salmonn.model.fingerprint import hash_model
 from salmonn.preference.heads import ScalarHead
 from salmonn.preference.reward_model import RewardInfo, head_width, save_reward_model
-from salmonn.records import read_json
 from tests.score.fake_llm_server import Answer, rule_judge_script
 from tests.test_score_cli import shown
 

@@ -7,11 +7,12 @@ import torch
 
 from salmonn.caption.captioner import Captioner
 from salmonn.cli.reward import best_captions
+from salmonn.files import read_records, write_records
 from salmonn.model.fingerprint import hash_model
 from salmonn.preference.heads import ScalarHead
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward_model import RewardInfo, head_width, save_reward_model
-from salmonn.records import Caption, read_records, write_records
+from salmonn.records import Caption
 
 
 @pytest.fixture(scope="module")

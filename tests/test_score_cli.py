@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import Caption, Event, Reference, read_json, read_records, write_records
+from salmonn.files import read_json, read_records, write_records
+from salmonn.records import Caption, Event, Reference
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RULES_VERSION
 from salmonn.synthetic.render import SynthConfig, sample_clip

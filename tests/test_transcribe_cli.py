@@ -13,9 +13,10 @@ import pytest
 from salmonn.batch.transcripts import Transcript, read_speech_beside
 from salmonn.caption.transcribe import Transcription, is_silent
 from salmonn.cli import transcribe
+from salmonn.files import read_json, read_records, write_records
 from salmonn.media.clip import read_clip
 from salmonn.media.frame_sampling import FixedRateSampler
-from salmonn.records import Caption, Event, Failure, Reference, read_json, read_records, write_records
+from salmonn.records import Caption, Event, Failure, Reference
 from salmonn.score.dialogue import count_dialogue
 from salmonn.speech import Dialogue, SpeechEvent
 

@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from salmonn.records import Caption, Reference, Score, atomic_folder, read_json, read_records, write_text
+from salmonn.files import atomic_folder, read_json, read_records, write_text
+from salmonn.records import Caption, Reference, Score
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import MEASURES, qa_accuracy
 from salmonn.score.stats import Interval

@@ -31,6 +31,7 @@ from transformers import (
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
+from salmonn.files import atomic_folder
 from salmonn.model.config import STEPS_PER_SECOND, SalmonnConfig
 from salmonn.model.families import from_published
 from salmonn.model.families.base import (
@@ -43,7 +44,6 @@ from salmonn.model.families.base import (
 )
 from salmonn.model.network import Network
 from salmonn.model.towers import AudioTower
-from salmonn.records import atomic_folder
 
 WINDOW_SECONDS = 0.5
 STEPS_PER_WINDOW = round(WINDOW_SECONDS * STEPS_PER_SECOND)

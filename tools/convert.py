@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from salmonn.config import FlagParser
-from salmonn.records import atomic_folder, write_json
+from salmonn.files import atomic_folder, write_json
 
 USAGE_ERROR = 2
 PICKLES = (".bin", ".pt", ".pth")

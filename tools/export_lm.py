@@ -19,8 +19,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2F
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.vllm_prompt import ARCHITECTURE
 from salmonn.config import run_recipe
+from salmonn.files import atomic_folder
 from salmonn.model.loading import Placement
-from salmonn.records import atomic_folder
 
 
 @dataclass(frozen=True)

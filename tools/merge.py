@@ -12,8 +12,8 @@ from typing import Literal
 
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
+from salmonn.files import atomic_folder
 from salmonn.model.loading import Placement
-from salmonn.records import atomic_folder
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from salmonn.files import atomic_folder, read_records, write_records
 from salmonn.preference.feedback import FEEDBACK_NAME, Candidate, Feedback, keep_video
-from salmonn.records import Caption, Reference, atomic_folder, read_records, write_records
+from salmonn.records import Caption, Reference
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import (

@@ -23,7 +23,8 @@ from typing import Any
 from reward_clauses import CaptionClause, write_caption
 from reward_faults import CAPTION_FAULTS, CAPTION_PROMPT, FAULTS, Draft, Outline, removable
 
-from salmonn.records import Event, write_text
+from salmonn.files import write_text
+from salmonn.records import Event
 from salmonn.synthetic.render import sample_clip
 from salmonn.synthetic.scene import SynthConfig
 

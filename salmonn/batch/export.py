@@ -33,7 +33,8 @@ from salmonn.batch.ledger_files import (
 )
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.batch.transcripts import Transcript
-from salmonn.records import Caption, EventCaption, Failure, Fusion, Modality, Shaping, parse_record, temporary_path
+from salmonn.files import parse_record, temporary_path
+from salmonn.records import Caption, EventCaption, Failure, Fusion, Modality, Shaping
 
 logger = logging.getLogger(__name__)
 

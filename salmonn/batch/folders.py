@@ -25,7 +25,8 @@ from salmonn.batch.fetch import FetchConfig, Fetcher
 from salmonn.batch.ledger_files import LedgerError, cannot_write
 from salmonn.batch.remote import is_url, name_of
 from salmonn.batch.subtitles import format_text
-from salmonn.records import Caption, Failure, temporary_path
+from salmonn.files import temporary_path
+from salmonn.records import Caption, Failure
 
 SHARD_BYTES = 1 << 30  # of an archive, which ends with the clip that reaches it
 SHARD_ROWS = 100_000  # of a Parquet file

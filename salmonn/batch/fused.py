@@ -14,7 +14,8 @@ from salmonn.batch.ledger_files import append_records, hash_key, read_complete, 
 from salmonn.caption.fields import clip_fields, find_fields
 from salmonn.caption.fusion import FactCheck, FusionError, Writer, fuse
 from salmonn.caption.shape import CaptionShape
-from salmonn.records import Caption, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption
 
 
 @dataclass

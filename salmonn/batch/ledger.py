@@ -44,7 +44,8 @@ from salmonn.batch.ledger_files import (
     repair_last_line,
 )
 from salmonn.batch.remote import is_url
-from salmonn.records import Caption, Failure, read_json, write_json, write_records
+from salmonn.files import read_json, write_json, write_records
+from salmonn.records import Caption, Failure
 
 logger = logging.getLogger(__name__)
 

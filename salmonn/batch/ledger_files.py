@@ -22,7 +22,7 @@ import numpy as np
 
 from salmonn import system
 from salmonn.batch.discovery import Shard
-from salmonn.records import Record, parse_record
+from salmonn.files import Record, parse_record
 
 FAILED_SUFFIX = ".failed.jsonl"
 SUBTITLES_SUFFIX = ".subtitles.jsonl"

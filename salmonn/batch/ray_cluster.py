@@ -20,7 +20,8 @@ from salmonn.batch.job import IndexedVideo, JobConfig, VideoResult, caption_vide
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.caption.loader import ClipReader, default_num_workers
 from salmonn.caption.worker import WorkerLimits
-from salmonn.records import Caption, Failure, parse_record
+from salmonn.files import parse_record
+from salmonn.records import Caption, Failure
 
 if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner

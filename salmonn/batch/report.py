@@ -21,8 +21,9 @@ from salmonn import __version__
 from salmonn.batch.review import ISSUE_MEANINGS, ReviewRow, find_video, word_histogram
 from salmonn.batch.thumbnails import describe_missing, submit_thumbnail, to_data_url
 from salmonn.caption.loader import ClipReader
+from salmonn.files import write_text
 from salmonn.media.container import ClipError
-from salmonn.records import Caption, Modality, write_text
+from salmonn.records import Caption, Modality
 from salmonn.score import report as score_report
 from salmonn.templates import load_template
 

@@ -5,7 +5,8 @@ from collections import defaultdict
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import SEGMENTS_SUFFIX, append_records, hash_key, read_complete, repair_last_line
-from salmonn.records import Caption, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption
 
 
 class SegmentLog:

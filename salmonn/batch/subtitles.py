@@ -34,10 +34,11 @@ from salmonn.batch.ledger_files import (
 from salmonn.batch.remote import is_url
 from salmonn.batch.transcripts import Transcript, subtitle_key
 from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
+from salmonn.files import read_json
 from salmonn.media.clip import AUDIO_SUFFIXES
 from salmonn.media.container import ClipError
 from salmonn.media.index import measured_seconds
-from salmonn.records import Caption, Failure, read_json
+from salmonn.records import Caption, Failure
 
 SubtitleFormat = Literal["txt", "srt", "vtt", "json"]
 SUBTITLE_FORMATS: tuple[SubtitleFormat, ...] = get_args(SubtitleFormat)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger_files import HashSet, hash_key, parse_last_line
-from salmonn.records import Caption, Event, Reference, parse_record
+from salmonn.files import parse_record
+from salmonn.records import Caption, Event, Reference
 from salmonn.score.quotations import find_quotations
 from salmonn.speech import SpeechEvent, quote_words
 

@@ -32,12 +32,13 @@ from salmonn.caption.scheduler import ScheduledSequence, Scheduler
 from salmonn.caption.segments import BoundsStore, SegmentRule
 from salmonn.caption.shape import Shape
 from salmonn.caption.streaming import Completion, StreamingGenerator
+from salmonn.files import atomic_folder
 from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Network
-from salmonn.records import Caption, Failure, Modality, atomic_folder
+from salmonn.records import Caption, Failure, Modality
 from salmonn.speech import SpeechEvent
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from salmonn.records import Modality, parse_json
+from salmonn.files import parse_json
+from salmonn.records import Modality
 
 PRESETS = Path(__file__).parent.parent / "presets"
 YAML_SUFFIXES = (".yaml", ".yml")

@@ -13,7 +13,7 @@ from salmonn.caption.server_options import KEY_FLAG, ServerInput, ServerOptions
 from salmonn.caption.text_model import REFINE_KEY_FLAG
 from salmonn.cli.fuse_options import FUSE_KEY_FLAG, fuse_server_config
 from salmonn.config import MAY_CHANGE, FlagParser
-from salmonn.records import read_json
+from salmonn.files import read_json
 from salmonn.score.api_keys import find_api_key
 from salmonn.score.config import LLMConfig
 

@@ -110,9 +110,9 @@ def run_demo(values: Namespace) -> int:
 
 def _read_groups(folder: Path) -> list["RaterGroup"]:
     """Return the groups of raters of an ideal-point reward model; raises ValueError for another folder."""
+    from salmonn.files import read_records
     from salmonn.preference.mixture import RATERS_NAME, Rater, group_raters
     from salmonn.preference.reward_model import read_info
-    from salmonn.records import read_records
 
     prototypes = read_info(folder, kind="ideal-point").prototypes
     return group_raters(prototypes, read_records(folder / RATERS_NAME, Rater)) if prototypes else []
@@ -127,8 +127,8 @@ def _open_captions(values: Namespace) -> "EditableCaptions | None":
 
 
 def _read_rewards(values: Namespace) -> dict[tuple[str, int], float]:
+    from salmonn.files import read_records
     from salmonn.preference.rating import Rating, rewards_by_sample
-    from salmonn.records import read_records
 
     return rewards_by_sample(read_records(values.rewards, Rating)) if values.rewards else {}
 

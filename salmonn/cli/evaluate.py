@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from salmonn.cli.options import SOME_FAILED, add_judge_options, judge_config, new_table, plural
 from salmonn.config import FlagParser
-from salmonn.records import write_json, write_text
+from salmonn.files import write_json, write_text
 from salmonn.score.benchmarks import BENCHMARKS, Benchmark
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 
 from salmonn.config import FlagParser
-from salmonn.records import atomic_folder, read_json
+from salmonn.files import atomic_folder, read_json
 from salmonn.templates import load_template
 
 ADAPTER_CONFIG_NAME, CARD_NAME = "adapter_config.json", "README.md"

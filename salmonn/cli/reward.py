@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from salmonn.cli.options import SOME_FAILED, garbage_kept, plural
 from salmonn.config import FlagParser
-from salmonn.records import Caption, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Caption
 
 if TYPE_CHECKING:
     from salmonn.preference.rating import Rating

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from salmonn.cli.options import add_judge_options, judge_config, new_table, plural
 from salmonn.config import FlagParser
-from salmonn.records import write_json
+from salmonn.files import write_json
 from salmonn.score.config import JudgeConfig
 
 if TYPE_CHECKING:

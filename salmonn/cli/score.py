@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from salmonn.cli.options import SOME_FAILED, add_judge_options, judge_config, new_table, plural
 from salmonn.config import FlagParser
-from salmonn.records import Caption, Reference, read_records, write_json, write_records
+from salmonn.files import read_records, write_json, write_records
+from salmonn.records import Caption, Reference
 from salmonn.score.config import ProtocolName
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from salmonn.cli.caption_options import add_input_options, add_reading_options, 
 from salmonn.cli.caption_outputs import out_path, require_local
 from salmonn.cli.options import SOME_FAILED, add_subtitle_options, garbage_kept, plural
 from salmonn.config import FlagParser
-from salmonn.records import Reference, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Reference
 
 if TYPE_CHECKING:
     from salmonn.batch.discovery import VideoListing

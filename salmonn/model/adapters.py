@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from salmonn.files import atomic_folder, read_json, write_json
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, LoraConfig, LoraFactors, read_factors
 from salmonn.model.network import Network
-from salmonn.records import atomic_folder, read_json, write_json
 
 
 @dataclass(frozen=True)

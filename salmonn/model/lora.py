@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from salmonn.files import atomic_folder, read_json, write_json
 from salmonn.model.families.base import Family
 from salmonn.model.network import Network
-from salmonn.records import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig

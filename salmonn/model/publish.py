@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
+from salmonn.files import read_json, write_json
 from salmonn.model.families import get_family
 from salmonn.model.loading import CONFIG_NAME, load_config
-from salmonn.records import read_json, write_json
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"

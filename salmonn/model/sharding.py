@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from salmonn import dist
+from salmonn.files import write_json
 from salmonn.model.loading import Placement, load_config, published_names
 from salmonn.model.lora import ADAPTER, AdapterSum, LoraConfig, MergeRounding, attach_lora
 from salmonn.model.network import Network
 from salmonn.model.weight_files import INDEX_NAME, WEIGHTS_NAME, WeightFiles
-from salmonn.records import write_json
 from salmonn.system import flush
 
 FILE_BYTES = 4 << 30  # of a file of a merged model

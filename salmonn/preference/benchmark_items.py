@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+from salmonn.files import parse_record
 from salmonn.preference.rows import EXPECTED, parse_row, read_rows
-from salmonn.records import Event, Modality, parse_record
+from salmonn.records import Event, Modality
 from salmonn.synthetic.render import sample_clip
 from salmonn.synthetic.scene import SynthConfig
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from salmonn.conversations import Conversation, is_conversation_file, list_items, read_conversations
+from salmonn.files import iter_numbered_records, parse_record, read_records
 from salmonn.preference.feedback import FEEDBACK_NAME, holds_feedback, read_feedback
 from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.rows import PreferenceRow, parse_row, read_rows
-from salmonn.records import Caption, Comparison, Modality, Score, iter_numbered_records, parse_record, read_records
+from salmonn.records import Caption, Comparison, Modality, Score
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RuleJudge
 

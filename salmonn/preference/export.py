@@ -23,12 +23,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from salmonn.files import read_records, write_text
 from salmonn.media.container import ClipError, declared_shape
 from salmonn.preference.comparisons import CAPTIONS_NAME, NO_VIDEO, SCORES_NAME, Preferences, read_preferences
 from salmonn.preference.feedback import Feedback, read_feedback
 from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.objectives import OBJECTIVES, judged_objectives
-from salmonn.records import Caption, Comparison, Modality, Reference, read_records, write_text
+from salmonn.records import Caption, Comparison, Modality, Reference
 from salmonn.score.formats import read_scores
 
 RowKind = Literal["trl", "helpsteer", "unpaired", "arena"]

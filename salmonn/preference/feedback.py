@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from salmonn import system
+from salmonn.files import append_record, parse_record, write_text
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
-from salmonn.records import Mark, Modality, append_record, parse_record, write_text
+from salmonn.records import Mark, Modality
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from salmonn.files import read_records
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.ideal_point import (
     Form,
@@ -20,7 +21,6 @@ from salmonn.preference.ideal_point import (
     Votes,
     fit_new_rater,
 )
-from salmonn.records import read_records
 
 RATERS_NAME = "raters.jsonl"
 

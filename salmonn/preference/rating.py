@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from salmonn.records import Reference, Score, Unscored, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import PromptRow
+from salmonn.files import parse_json, temporary_path, write_json
 from salmonn.model.fingerprint import hash_model
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import Placement
@@ -33,14 +34,7 @@ from salmonn.preference.comparisons import AnswerGroup, join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
 from salmonn.preference.rating import Rating, Reward
-from salmonn.records import (
-    Caption,
-    Modality,
-    Unscored,
-    parse_json,
-    temporary_path,
-    write_json,
-)
+from salmonn.records import Caption, Modality, Unscored
 from salmonn.score.judge import ScoringTask
 from salmonn.score.repetition import count_repeated_words
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from salmonn.records import read_json
+from salmonn.files import read_json
 from salmonn.score.benchmark_items import Ask
 from salmonn.score.llm_judge import InvalidReplyError, encode_data, object_schema, parse_object
 from salmonn.score.llm_protocol import read_integer

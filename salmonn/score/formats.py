@@ -14,17 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from salmonn.records import (
-    Caption,
-    JudgeInfo,
-    Record,
-    Reference,
-    Score,
-    Unscored,
-    parse_record,
-    read_records,
-    write_text,
-)
+from salmonn.files import Record, parse_record, read_records, write_text
+from salmonn.records import Caption, JudgeInfo, Reference, Score, Unscored
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from salmonn.records import Caption, Event, EventModality, Failure, JudgeInfo, Reference, Score, Unscored, write_text
+from salmonn.files import write_text
+from salmonn.records import Caption, Event, EventModality, Failure, JudgeInfo, Reference, Score, Unscored
 from salmonn.score.highlight import Highlight, Quote, find_missed_events, highlight_caption, locate_quotes
 from salmonn.score.judge import restrict_to_caption
 from salmonn.score.metrics import Rates, compute_measures

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from salmonn.records import Event, EventCaption, SpokenLine, parse_json
+from salmonn.files import parse_json
+from salmonn.records import Event, EventCaption, SpokenLine
 
 SCHEMA_NAME = "events"  # of response_format in `salmonn serve`
 MAX_REPORTED_FAULTS = 8

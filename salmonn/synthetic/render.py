@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from salmonn import system
-from salmonn.records import Reference, write_json, write_records
+from salmonn.files import write_json, write_records
+from salmonn.records import Reference
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.lexicon import COLOURS
 from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at, sample_scene

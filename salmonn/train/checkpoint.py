@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from salmonn import dist, system
+from salmonn.files import read_json, write_json
 from salmonn.model.sharding import copy_rows
-from salmonn.records import read_json, write_json
 
 log = logging.getLogger(__name__)
 MAX_CHECKPOINTS = 2

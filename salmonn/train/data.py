@@ -21,10 +21,11 @@ from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import LIST_EVENTS, refuse_special_tokens
 from salmonn.conversations import Conversation, Turn
+from salmonn.files import iter_numbered_records, read_records
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
-from salmonn.records import Comparison, Modality, Reference, iter_numbered_records, read_records
+from salmonn.records import Comparison, Modality, Reference
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.files import write_json, write_records
 from salmonn.preference.voter_reward import find_exploitability
-from salmonn.records import Caption, Reference, Score, Unscored, write_json, write_records
+from salmonn.records import Caption, Reference, Score, Unscored
 from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy

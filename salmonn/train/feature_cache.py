@@ -31,9 +31,9 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE
+from salmonn.files import parse_json
 from salmonn.model.fingerprint import hash_values, hash_weights, update_hash
 from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
-from salmonn.records import parse_json
 from salmonn.train.data import ClipSource
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from salmonn import dist
+from salmonn.files import read_records, write_records
 from salmonn.media.container import ClipError
-from salmonn.records import Modality, read_records, write_records
+from salmonn.records import Modality
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from salmonn.records import write_text
+from salmonn.files import write_text
 from salmonn.templates import load_template
 from salmonn.train.run_log import COLUMNS, RunRecord, RunSummary, StageRecord, column_titles, format_figure
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from salmonn import dist
+from salmonn.files import write_records
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.agreement import measure_agreement
@@ -26,7 +27,6 @@ from salmonn.preference.ideal_point import (
 )
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, Rater
 from salmonn.preference.reward_model import RewardInfo, save_reward_model
-from salmonn.records import write_records
 from salmonn.score.repetition import count_repeated_words
 from salmonn.train.data import ClipSource
 from salmonn.train.reward import BLIND_DIR, RewardTrainer, rotate_features, split_groups

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
+from salmonn.files import read_json, write_json
 from salmonn.model.fingerprint import hash_values, hash_weights
 from salmonn.model.network import Network
 from salmonn.preference.losses import PreferenceLoss, Role
-from salmonn.records import read_json, write_json
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 from salmonn.train.loop import FitConfig, autocast
 from salmonn.train.preference import Example, Logps, PreferenceBatches, collate_roles, role_logps, split_tokens

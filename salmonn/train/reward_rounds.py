@@ -21,6 +21,7 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.files import read_json, read_records, write_json
 from salmonn.model.layout import ClipFeatures
 from salmonn.preference.agreement import Agreement, describe_agreement, looking_warning, measure_agreement
 from salmonn.preference.claims import attach_credits
@@ -37,7 +38,7 @@ from salmonn.preference.reward_model import (
     require_base,
     require_frames,
 )
-from salmonn.records import Caption, Reference, read_json, read_records, write_json
+from salmonn.records import Caption, Reference
 from salmonn.train.data import ClipSet, ClipSource
 from salmonn.train.evaluate import judge_captions
 from salmonn.train.parallel import StrategyName

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import PromptRow
+from salmonn.files import temporary_path
 from salmonn.model.fingerprint import hash_model, hash_values
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.reward_model import answer_rows, answer_states
-from salmonn.records import temporary_path
 from salmonn.train.batches import map_batches
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 

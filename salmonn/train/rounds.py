@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn import dist
+from salmonn.files import write_records
 from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.repeat_negatives import select_repeat_negatives
 from salmonn.preference.repetition_pairs import max_repetition_pairs, select_repetition_pairs
 from salmonn.preference.selection import SelectionConfig, make_selector, select_pairs, summarize_pairs
 from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
-from salmonn.records import Caption, Comparison, write_records
+from salmonn.records import Caption, Comparison
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import drop_unscored, judge_captions
 from salmonn.train.rating_ahead import RatingAhead

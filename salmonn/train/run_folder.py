@@ -17,9 +17,9 @@ import torch
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import MAY_CHANGE, write_config
+from salmonn.files import read_records, write_json, write_records
 from salmonn.model.loading import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, MergeRounding, attach_lora, merge_in_float32, save_adapter
-from salmonn.records import read_records, write_json, write_records
 from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, require_free_space
 from salmonn.train.feature_cache import FeatureCacheConfig
 from salmonn.train.parallel import StrategyName

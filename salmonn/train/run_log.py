@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from salmonn.files import parse_record, read_json, read_records, write_text
 from salmonn.preference.selection import PairSummary, summarize_pairs
-from salmonn.records import Comparison, parse_record, read_json, read_records, write_text
+from salmonn.records import Comparison
 from salmonn.score.metrics import Rates
 from salmonn.train import trackers
 

@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from salmonn.config import resume_values
-from salmonn.records import read_json, write_json
+from salmonn.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"

@@ -20,7 +20,8 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CachedGenerator, CaptionRequest, Generator, Sampling
 from salmonn.caption.limits import BatchLimits
 from salmonn.config import MAY_CHANGE
-from salmonn.records import Caption, read_json, read_records, write_json, write_records
+from salmonn.files import read_json, read_records, write_json, write_records
+from salmonn.records import Caption
 from salmonn.train.batches import make_batches, make_parts, map_batches
 from salmonn.train.data import ClipSet
 from salmonn.train.run_folder import load_or_create

@@ -33,20 +33,12 @@ from salmonn.caption.server_adapters import VLLM_MAX_RANKS, AdapterLoader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
 from salmonn.config import MAY_CHANGE
+from salmonn.files import atomic_folder, read_json, read_records, write_json, write_records
 from salmonn.model.adapters import stack_adapters, write_random_adapter
 from salmonn.model.loading import is_own_layout
 from salmonn.model.lora import ADAPTER_WEIGHTS_NAME, LoraConfig
 from salmonn.model.publish import write_adapter
-from salmonn.records import (
-    Caption,
-    Failure,
-    Modality,
-    atomic_folder,
-    read_json,
-    read_records,
-    write_json,
-    write_records,
-)
+from salmonn.records import Caption, Failure, Modality
 from salmonn.train.data import ClipSet
 from salmonn.train.dry_run import build_on_meta
 from salmonn.train.run_folder import load_or_create

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from salmonn import dist
 from salmonn.caption.captioner import Captioner, publish_half
 from salmonn.caption.processor import Processor
+from salmonn.files import read_json
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
 from salmonn.model.sharding import build_empty, load_encoders, load_sharded, merge_files
 from salmonn.model.weight_files import INDEX_NAME, WEIGHTS_NAME
-from salmonn.records import read_json
 from salmonn.system import flush
 from salmonn.train.checkpoint import Checkpoint, load_trained, require_free_space
 from salmonn.train.run_folder import RunConfig, report_rounding

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.files import read_json, write_json
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.voter_reward import VoterReward
-from salmonn.records import Caption, read_json, write_json
+from salmonn.records import Caption
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
 from salmonn.train.checkpoint import require_free_space

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 from uuid import uuid4
 
-from salmonn.records import read_json, write_json
+from salmonn.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 TrackerName = Literal["trackio", "wandb", "mlflow"]

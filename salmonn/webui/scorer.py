@@ -6,7 +6,8 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from salmonn.records import Caption, Event, EventModality, Modality, Reference, Score, Unscored, parse_record
+from salmonn.files import parse_record
+from salmonn.records import Caption, Event, EventModality, Modality, Reference, Score, Unscored
 from salmonn.score.events import list_events
 from salmonn.score.judge import Judge, ScoringTask, restrict_to_caption, restrict_to_span
 from salmonn.score.llm_client import LLMClient

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger import Ledger
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 
 JOB = {"model": "toy", "temperature": 0.0}
 

@@ -16,7 +16,8 @@ from jsonargparse import Namespace
 
 from salmonn.batch.discovery import Shard
 from salmonn.cli.shape_options import SHAPE_SETTINGS
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 from tests.batch.ledger_records import EACH_ONCE, names
 from tests.launch import forked
 from tests.limits import RUN_SECONDS

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from salmonn.batch.shot_log import ShotBounds
-from salmonn.records import Caption, Failure, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Caption, Failure
 from tests.batch.ledger_records import EACH_ONCE, names
 from tests.media.builders import BASE, write_media
 from tests.truncated import write_truncated

@@ -13,7 +13,8 @@ import torch
 
 from salmonn.caption.presets import preset_names
 from salmonn.caption.shape import CaptionShape, Shape
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 from salmonn.score.text_spans import count_words
 from tests.launch import forked
 from tests.limits import RUN_SECONDS

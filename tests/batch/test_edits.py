@@ -11,7 +11,8 @@ from salmonn.batch.edits import Edit, EditableCaptions
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import LedgerFiles, append_records
-from salmonn.records import Caption, Failure, Shaping, read_records, write_json, write_records
+from salmonn.files import read_records, write_json, write_records
+from salmonn.records import Caption, Failure, Shaping
 
 JOB = {"model": "m"}
 VERSION = dict(size_bytes=5, modified_ns=7)

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from salmonn.records import Caption, Failure, Reference, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Caption, Failure, Reference
 from salmonn.score.formats import read_scores
 from salmonn.score.structured import schema_text
 from tests.score.fake_llm_server import Answer, FakeLLMServer

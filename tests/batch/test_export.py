@@ -16,7 +16,8 @@ from salmonn.batch.export import LatestCaptions, export_subtitles, export_table
 from salmonn.batch.ledger_files import LedgerError, LedgerFiles, append_records
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.presets import DatasetLayout
-from salmonn.records import Caption, Shaping, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Shaping
 from tests.launch import forked
 
 ODD = 'Two "lines",\nof text; 漢字 & <b>'

@@ -10,7 +10,8 @@ from salmonn.batch import folders
 from salmonn.batch.discovery import VideoListing, stat_video
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.folders import export_folder
-from salmonn.records import Caption, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption
 
 
 def captions_of(tmp_path, names, **values) -> LatestCaptions:

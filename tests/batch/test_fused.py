@@ -9,7 +9,8 @@ import pytest
 
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.fused import fuse_captions
-from salmonn.records import Caption, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Caption
 from tests.caption.served_model import describe, images_of, sound_of
 from tests.score.fake_llm_server import Answer, FakeLLMServer
 

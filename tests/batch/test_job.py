@@ -21,7 +21,8 @@ from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.generator import CaptionRequest, Sampling, SegmentResult
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import FixedSegments
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 
 
 def opened(files) -> Ledger:

@@ -11,7 +11,8 @@ import pytest
 
 from salmonn.batch.discovery import VideoFile, VideoListing, stat_video
 from salmonn.batch.ledger_files import LedgerError
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 from tests.batch.ledger_records import (
     JOB,
     caption,

@@ -10,7 +10,8 @@ import pytest
 
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger_files import GroupReader, LedgerError, LedgerFiles
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 from tests.batch.ledger_records import caption, failure, has_failed_in_part, is_done, opened, segments, write
 from tests.limits import RUN_SECONDS
 

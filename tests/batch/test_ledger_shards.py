@@ -8,7 +8,8 @@ import pytest
 
 from salmonn.batch.discovery import Shard, VideoFile
 from salmonn.batch.ledger_files import FAILED_SUFFIX, LedgerError, LedgerFiles
-from salmonn.records import Caption, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption
 from tests.batch.ledger_records import caption, failure, has_failed, is_done, opened, write
 
 

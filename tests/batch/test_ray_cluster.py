@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from salmonn.batch import ray_cluster
-from salmonn.records import Caption, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption
 from tests.limits import RUN_SECONDS
 
 pytest.importorskip("ray")

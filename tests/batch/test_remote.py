@@ -15,8 +15,9 @@ from salmonn.batch import remote
 from salmonn.batch.discovery import Shard, VideoFile, VideoListing, address_of, stat_video
 from salmonn.batch.fetch import FetchConfig, Fetcher
 from salmonn.batch.remote import expand_braces, redact, without_secrets
+from salmonn.files import read_records
 from salmonn.media.container import ClipError
-from salmonn.records import Caption, Failure, read_records
+from salmonn.records import Caption, Failure
 from tests.batch.remote_files import fetched, listed, tar_of
 from tests.batch.stores import FileServer
 from tests.launch import forked

@@ -12,10 +12,11 @@ from PIL import Image
 from salmonn.batch.review import Bar, ReviewRow, find_video, read_rows, word_histogram
 from salmonn.batch.thumbnails import PIXELS, submit_thumbnail
 from salmonn.caption.loader import ClipReader
+from salmonn.files import write_records
 from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
-from salmonn.records import Caption, Failure, write_records
+from salmonn.records import Caption, Failure
 from tests.score.browser import MonitoredPage, needs_browser, start_browser
 
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src='http://example.com/x.png' onerror='hacked = 1'>"

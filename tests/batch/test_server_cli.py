@@ -24,7 +24,8 @@ from salmonn.caption.segments import FixedSegments
 from salmonn.caption.server import ServerCaptioner
 from salmonn.caption.server_options import ServerOptions
 from salmonn.cli.caption_server import report_spending
-from salmonn.records import Caption, read_json, read_records
+from salmonn.files import read_json, read_records
+from salmonn.records import Caption
 from salmonn.score.budget import Budget
 from tests.caption.served_model import captioner, describe
 from tests.launch import forked, kill

@@ -10,7 +10,8 @@ import pytest
 from salmonn.batch.transcripts import Transcript
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.shape import CaptionShape
-from salmonn.records import Caption, read_records, write_json, write_records
+from salmonn.files import read_records, write_json, write_records
+from salmonn.records import Caption
 from salmonn.speech import MAX_CONTEXT_CHARS, SpeechEvent, SpokenWord, describe_speech
 from tests.caption.served_model import captioner as served
 

@@ -9,7 +9,8 @@ import pytest
 from salmonn.batch.export import LatestCaptions, export_table
 from salmonn.batch.subtitles import format_text
 from salmonn.batch.transcripts import Transcript, TranscriptFiles, add_speech, parse_subtitles, read_speech_beside
-from salmonn.records import Caption, Event, Reference, read_records, write_records
+from salmonn.files import read_records, write_records
+from salmonn.records import Caption, Event, Reference
 from salmonn.speech import SpeechEvent, SpokenWord
 
 HELLO = SpeechEvent("Hello <there>.", 0.5, 1.25, (SpokenWord("Hello", 0.5, 0.8), SpokenWord("<there>.", 0.8, 1.25)))

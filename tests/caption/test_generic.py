@@ -20,8 +20,9 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.generic import check_hearing, is_generic, load_generic, make_generic
 from salmonn.caption.prompt import train_tokenizer
+from salmonn.files import write_json
 from salmonn.model.loading import load_config
-from salmonn.records import Caption, Failure, write_json
+from salmonn.records import Caption, Failure
 from salmonn.train.data import all_texts
 from tests.exactness import assert_close
 from tests.qwen3_vl import save_tiny

@@ -27,7 +27,8 @@ from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.prompt import train_tokenizer
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
-from salmonn.records import Caption, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption
 from tests.score.local_server import LocalServer, serve_locally
 
 pytestmark = pytest.mark.slow  # test_server.py uses a scripted server

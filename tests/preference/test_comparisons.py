@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from salmonn.files import write_records
 from salmonn.preference.comparisons import compare_ratings, group_comparisons, read_preferences
 from salmonn.preference.feedback import Candidate, Feedback
 from salmonn.preference.rating import Rating
-from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Score, write_records
+from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Score
 from salmonn.score.formats import write_scores
 
 INFO = JudgeInfo("rule", "1", "salmonn", "2026-01-01", "0.1")

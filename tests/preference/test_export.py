@@ -5,9 +5,10 @@ import json
 import av
 import pytest
 
+from salmonn.files import write_records
 from salmonn.preference.comparisons import read_preferences
 from salmonn.preference.rating import Rating
-from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Reference, Score, write_records
+from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Reference, Score
 from salmonn.score.formats import write_scores
 
 HISTORY = (("Hello?", "Yes."),)

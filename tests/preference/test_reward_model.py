@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from salmonn.caption.processor import PromptRow
+from salmonn.files import read_json, write_json
 from salmonn.model.fingerprint import hash_model
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
 from salmonn.model.pooling import AnswerStates
@@ -21,7 +22,7 @@ from salmonn.preference.reward_model import (
     head_width,
     save_reward_model,
 )
-from salmonn.records import Caption, Reference, read_json, write_json
+from salmonn.records import Caption, Reference
 from salmonn.score.judge import ScoringTask
 
 ROWS = [PromptRow(0, "Tell.", text) for text in ("A red circle blinks.", "A low tone.", "A star leaves.")]

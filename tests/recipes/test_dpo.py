@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from salmonn.conversations import parse_conversation
+from salmonn.files import read_json, read_records, write_records
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig
 from salmonn.preference.comparisons import conversation_to_comparison
 from salmonn.preference.feedback import Candidate, Feedback, FeedbackStore
-from salmonn.records import Comparison, Reference, read_json, read_records, write_records
+from salmonn.records import Comparison, Reference
 from salmonn.train.data import ClipSource
 
 QUESTION = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}

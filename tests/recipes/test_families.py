@@ -9,9 +9,10 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
+from salmonn.files import read_records
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_network
-from salmonn.records import Reference, read_records
+from salmonn.records import Reference
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.data import ClipSource, all_texts

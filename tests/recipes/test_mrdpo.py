@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from salmonn.files import append_record, read_records, write_json, write_records
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.losses import LossConfig
@@ -20,16 +21,7 @@ from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import REWARD_FORMAT
 from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
-from salmonn.records import (
-    Caption,
-    Comparison,
-    Question,
-    Reference,
-    append_record,
-    read_records,
-    write_json,
-    write_records,
-)
+from salmonn.records import Caption, Comparison, Question, Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates

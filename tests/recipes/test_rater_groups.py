@@ -9,10 +9,11 @@ from statistics import mean
 
 import pytest
 
+from salmonn.files import read_json, read_records, write_records
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.mixture import Rater
 from salmonn.preference.reward_model import RewardModel, read_info
-from salmonn.records import Caption, read_json, read_records, write_records
+from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.launch import forked
 from tests.limits import RUN_SECONDS

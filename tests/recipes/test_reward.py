@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from salmonn.files import read_json, read_records, write_records
 from salmonn.preference.comparisons import Preferences, group_comparisons
 from salmonn.preference.objectives import OBJECTIVES
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward_model import RewardModel, read_info
-from salmonn.records import Caption, Comparison, Reference, read_json, read_records, write_records
+from salmonn.records import Caption, Comparison, Reference
 from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import ScoringTask
 from salmonn.score.scoring import make_judge_info

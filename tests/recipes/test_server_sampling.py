@@ -12,7 +12,8 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.engine import Engine
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
-from salmonn.records import Caption, Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Reference
 from salmonn.serve.api import ServerConfig, Service
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.schema import ChatLimits

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
+from salmonn.files import read_records, write_records
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig
-from salmonn.records import Caption, Reference, read_records, write_records
+from salmonn.records import Caption, Reference
 from salmonn.score.formats import read_scores
 from salmonn.train.data import ClipSet, ClipSource, TrainingExample
 from salmonn.train.feature_cache import FeatureCacheConfig

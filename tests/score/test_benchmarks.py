@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from salmonn.records import Caption, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption
 from salmonn.score.benchmarks import BENCHMARKS
 from salmonn.score.cloze import parse_choices
 from salmonn.score.description_ratings import parse_ratings

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from salmonn.records import Caption, Event, Reference, Score, read_json, write_records
+from salmonn.files import read_json, write_records
+from salmonn.records import Caption, Event, Reference, Score
 from salmonn.score.dialogue import (
     DIALOGUE_MEASURES,
     DialogueRates,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from salmonn.records import Caption, Event, JudgeInfo, Mention, Reference, Score, Unscored, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption, Event, JudgeInfo, Mention, Reference, Score, Unscored
 from salmonn.score.formats import match_video_names, read_captions, read_references, read_scores, write_scores
 
 DATE = "2026-11-22T10:00:00+00:00"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import Caption, Event, Reference, write_records
+from salmonn.files import write_records
+from salmonn.records import Caption, Event, Reference
 from tests.limits import STEP_SECONDS
 from tests.score.completions import SCHEMA, complete, text_of
 from tests.score.fake_llm_server import Answer

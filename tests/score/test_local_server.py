@@ -10,8 +10,9 @@ import openai
 import pytest
 
 from salmonn.cli.options import SOME_FAILED
+from salmonn.files import write_records
 from salmonn.preference.reward import make_llm_client
-from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
+from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from tests.limits import RUN_SECONDS, STEP_SECONDS

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from salmonn.batch.subtitles import format_text
-from salmonn.records import Caption, Event, EventCaption, SpokenLine, parse_record, read_records, write_records
+from salmonn.files import parse_record, read_records, write_records
+from salmonn.records import Caption, Event, EventCaption, SpokenLine
 from salmonn.score.structured import StructureError, parse_structure, schema_text, structure_text
 
 ANSWER = {

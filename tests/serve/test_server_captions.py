@@ -11,7 +11,8 @@ from salmonn.caption.generator import SHIPPED_MODEL, CaptionRequest, Sampling, S
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 from tests.caption.served_model import captioner as scripted
 
 

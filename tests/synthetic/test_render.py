@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 from salmonn.synthetic.lexicon import COLOURS, SOUNDS
 from salmonn.synthetic.render import make_clips, render_audio, render_frames, sample_clip, write_video
 from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at

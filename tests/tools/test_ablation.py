@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salmonn.records import Caption, JudgeInfo, Question, Reference, Score, write_json, write_records
+from salmonn.files import write_json, write_records
+from salmonn.records import Caption, JudgeInfo, Question, Reference, Score
 from salmonn.score.formats import write_scores
 from salmonn.score.stats import Interval
 from tests.launch import forked

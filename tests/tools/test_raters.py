@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from salmonn.files import read_records, write_records
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.feedback_report import summarize_raters
-from salmonn.records import Caption, Reference, read_records, write_records
+from salmonn.records import Caption, Reference
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 

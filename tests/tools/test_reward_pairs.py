@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from salmonn.files import parse_record
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.preference.benchmark_items import SCENARIOS
-from salmonn.records import Event, parse_record
+from salmonn.records import Event
 from salmonn.synthetic import lexicon
 from salmonn.synthetic.annotate import write_events
 from salmonn.synthetic.render import render_audio, sample_clip

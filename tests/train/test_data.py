@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from salmonn.conversations import Conversation, Turn, parse_conversation
+from salmonn.files import write_records
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.families.salmonn2_plus import interleave_by_time
 from salmonn.model.layout import ClipFeatures
-from salmonn.records import Comparison, Question, Reference, write_records
+from salmonn.records import Comparison, Question, Reference
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import (
     ClipCache,

@@ -55,7 +55,8 @@ import json, sys
 from pathlib import Path
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 from salmonn.train.data import ClipSet
 from tests.train.test_evaluate import run_all_work
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
 from salmonn.train.left_out import LEFT_OUT_NAME, LeftOut, LeftOutClip, leave_out_unreadable
 

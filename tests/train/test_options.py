@@ -319,7 +319,8 @@ import torch
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 from salmonn.train.data import ClipCache, ClipSet, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, fit
 

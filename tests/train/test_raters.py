@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from salmonn.files import write_records
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.ideal_point import IdealPointConfig
 from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, RaterGroup, choose_weights, group_raters
-from salmonn.records import Comparison, write_records
+from salmonn.records import Comparison
 from salmonn.train.raters import collect_votes, fit_rater_groups
 
 SMALL = IdealPointConfig(hidden=8, dropout=0.0, epochs=15, learning_rate=2e-2, batch_size=32)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from salmonn.files import read_json, write_json
 from salmonn.model.lora import attach_lora
-from salmonn.records import read_json, write_json
 from salmonn.train.loop import autocast
 from salmonn.train.reference_logps import REFERENCE_LOGPS_NAME, compute_reference_logps
 from tests.train.preference_batches import LORA, answer_logp, reference_logps, to_examples

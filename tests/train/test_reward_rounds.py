@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
+from salmonn.files import write_records
 from salmonn.model.fingerprint import hash_model
 from salmonn.preference.heads import ScalarHead
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import RewardInfo, RewardModel, head_width, save_reward_model
-from salmonn.records import Caption, Event, Reference, write_records
+from salmonn.records import Caption, Event, Reference
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet, ClipSource

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from salmonn.records import Comparison, write_json, write_records, write_text
+from salmonn.files import write_json, write_records, write_text
+from salmonn.records import Comparison
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
 from salmonn.train.run_log import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import read_json
+from salmonn.files import read_json
 from salmonn.train.loop import FitConfig
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import SETTINGS_NAME, Step, choose_settings, fingerprint, flat_settings, open_steps

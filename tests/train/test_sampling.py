@@ -12,8 +12,9 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.scheduler import Scheduler
+from salmonn.files import read_records
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.records import Caption, read_records
+from salmonn.records import Caption
 from salmonn.train import sampling as train_sampling
 from salmonn.train.batches import make_batches, make_parts
 from salmonn.train.data import ClipSet

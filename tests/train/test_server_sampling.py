@@ -21,10 +21,11 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.hearing import write_probe_clips
 from salmonn.caption.processor import Processor
 from salmonn.caption.server_adapters import AdapterLoader
+from salmonn.files import read_json, read_records
 from salmonn.media.clip import read_clip
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
-from salmonn.records import Caption, read_json, read_records
+from salmonn.records import Caption
 from salmonn.score.chat_client import ChatClient, LLMStoppedError
 from salmonn.score.config import LLMConfig
 from salmonn.train import server_sampling
@@ -252,7 +253,8 @@ import sys
 from pathlib import Path
 
 from salmonn import dist
-from salmonn.records import Reference, read_records
+from salmonn.files import read_records
+from salmonn.records import Reference
 from salmonn.train.data import ClipSet
 from tests.train.test_server_sampling import SAMPLING, sampler_at
 

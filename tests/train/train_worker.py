@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.files import read_records, write_json
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.weight_files import WeightFiles
 from salmonn.preference.losses import LossConfig, make_loss
-from salmonn.records import Comparison, Reference, read_records, write_json
+from salmonn.records import Comparison, Reference
 from salmonn.train.checkpoint import Checkpoint
 from salmonn.train.data import CLIPS_NAME, ClipSet
 from salmonn.train.encoding import cache_features

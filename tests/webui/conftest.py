@@ -14,8 +14,9 @@ import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.files import write_json, write_records, write_text
 from salmonn.preference.rating import Rating
-from salmonn.records import Caption, Failure, write_json, write_records, write_text
+from salmonn.records import Caption, Failure
 from salmonn.score.metrics import Rates
 from salmonn.train.data import ClipSet
 from salmonn.webui.session import EXAMPLES, ExampleClip, make_example_clips

@@ -16,9 +16,10 @@ from salmonn.batch.edits import Edit, EditableCaptions
 from salmonn.batch.export import LatestCaptions
 from salmonn.batch.review import ReviewRow
 from salmonn.caption.loader import ClipReader
+from salmonn.files import write_records
 from salmonn.preference.feedback import FeedbackStore, read_feedback
 from salmonn.preference.rating import Rating, rewards_by_sample
-from salmonn.records import Caption, write_records
+from salmonn.records import Caption
 from salmonn.score.repetition import count_repeated_words
 from salmonn.webui.dataset import Dataset, DatasetVideos, Replacement
 from salmonn.webui.dataset_tab import DatasetTab, _difference

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from salmonn.files import write_json
 from salmonn.preference.feedback import Candidate, Choice, Feedback
 from salmonn.preference.feedback_report import measure_agreement, share_kept
 from salmonn.preference.ratings import Estimate, fit_ratings
-from salmonn.records import Caption, Reference, Score, write_json
+from salmonn.records import Caption, Reference, Score
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import VOTERS, CaptionTraits, Rater, VoterKind, caption_traits, make_voter

@@ -25,13 +25,14 @@ from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.cli.options import new_table
 from salmonn.config import run_recipe
+from salmonn.files import write_json
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import Head, ObjectiveHead
 from salmonn.preference.objectives import OBJECTIVES, objectives_of
 from salmonn.preference.reward import JudgeReward
-from salmonn.records import Comparison, Modality, Score, write_json
+from salmonn.records import Comparison, Modality, Score
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import NOISE
 from salmonn.synthetic.render import SynthConfig

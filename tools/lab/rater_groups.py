@@ -24,6 +24,7 @@ from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.processor import PromptRow
 from salmonn.config import run_recipe
+from salmonn.files import write_json
 from salmonn.preference.ideal_point import (
     IdealPointConfig,
     RaterModel,
@@ -35,7 +36,6 @@ from salmonn.preference.ideal_point import (
     sort_prototypes,
 )  # fmt: skip
 from salmonn.preference.reward_model import answer_states
-from salmonn.records import write_json
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import (

@@ -24,6 +24,7 @@ from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.processor import PromptRow
 from salmonn.config import run_recipe
+from salmonn.files import write_json
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import NUM_LOGP_FIGURES, upper_layers
 from salmonn.preference.benchmark import COLUMNS, BenchmarkResult, Outcome, summarize, table_rows
@@ -32,7 +33,7 @@ from salmonn.preference.comparisons import compare_ratings
 from salmonn.preference.heads import fit_scalar_head
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.reward_model import answer_states
-from salmonn.records import Caption, write_json
+from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.benchmark_clips import encode_benchmark_clips

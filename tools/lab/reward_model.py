@@ -22,13 +22,14 @@ from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.cli.options import new_table
 from salmonn.config import run_recipe
+from salmonn.files import write_json
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.agreement import share_positive
 from salmonn.preference.claims import clause_credits, sum_clauses
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
-from salmonn.records import Caption, Comparison, Score, write_json
+from salmonn.records import Caption, Comparison, Score
 from salmonn.score.metrics import compute_rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
