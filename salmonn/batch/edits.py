@@ -111,7 +111,7 @@ class EditableCaptions:
 
     def _append(self, path: Path, texts: Mapping[int, str]) -> None:
         """Append edited captions, each with the other segments of its video; the file is locked."""
-        own = [one for one in self._captions_files() if _unnumbered(one) == path]
+        own = [one for one in self.files.all_captions() if _unnumbered(one) == path]
         newest = max((one.stat().st_mtime_ns for one in own), default=None)
         repair_last_line(path)  # a killed run may have left a torn line
         edited = {id(self._caption(row)): text for row, text in texts.items()}
@@ -126,13 +126,13 @@ class EditableCaptions:
             for one in sorted(segments[group], key=lambda one: one.segment)
         ]
         append_records(path, records, is_locked=True)
-        if newest is not None and len({_unnumbered(one) for one in self._captions_files()}) > 1:
+        if newest is not None and len({_unnumbered(one) for one in self.files.all_captions()}) > 1:
             # Files of shards are read in the order of their times, which an edit must not change.
             os.utime(path, ns=(newest, newest))
 
     def _targets(self, rows: Sequence[int]) -> dict[int, Path]:
         """Return the file that edits of each row are appended to: that of the shard that has its caption."""
-        paths = self._captions_files()
+        paths = self.files.all_captions()
         unnumbered = {_unnumbered(path) for path in paths}
         if len(unnumbered) == 1:
             return dict.fromkeys(rows, unnumbered.pop())
@@ -141,9 +141,6 @@ class EditableCaptions:
         }
         return {row: by_video[self._caption(row).video] for row in rows}
 
-    def _captions_files(self) -> list[Path]:
-        return self.files.all_captions()
-
     def _refresh(self) -> None:
         """Read the files again if they have changed."""
         while True:
@@ -151,7 +148,7 @@ class EditableCaptions:
                 signature = self._sign()
                 if signature == self._signature:
                     return
-                rows = read_rows(self._captions_files())
+                rows = read_rows(self.files.all_captions())
                 # A file that a run has found full, and renamed meanwhile, may have been read twice or not at all.
                 if [one[:2] for one in self._sign()] == [one[:2] for one in signature]:
                     break
@@ -165,7 +162,7 @@ class EditableCaptions:
 
     def _sign(self) -> _Signature:
         """Return path, inode, size and time of each file; raises FileNotFoundError."""
-        paths = sorted([*self._captions_files(), *self.files.find(FAILED_SUFFIX)])
+        paths = sorted([*self.files.all_captions(), *self.files.find(FAILED_SUFFIX)])
         status = [path.stat() for path in paths]
         return tuple((path, one.st_ino, one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True))
 

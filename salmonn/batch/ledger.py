@@ -148,9 +148,9 @@ class Ledger:
         Returns:
             "failed in part" if a segment or a subtitle file of a captioned file failed, and has not succeeded since.
         """
-        version = _key(found)
+        version = version_key(found)
         start = self._start_seconds if isinstance(found, VideoFile) else float(found.start_seconds or 0.0)
-        segment = _key(found, start)
+        segment = version_key(found, start)
         if segment in self._failed:
             return "failed"
         if isinstance(found, Failure) or segment not in self._done or version in self._partial:
@@ -179,7 +179,9 @@ class Ledger:
                 found = replace(listing, paths=[address], list_path=None, shard=self.files.shard).videos()
                 yield from (one for one in found if isinstance(one, Failure) or self.status(one) in UNFINISHED)
             elif isinstance(now, Failure) or (
-                _segment_key(failure) in self._failed if _key(failure) == _key(now) else self.status(now) in UNFINISHED
+                _segment_key(failure) in self._failed
+                if version_key(failure) == version_key(now)
+                else self.status(now) in UNFINISHED
             ):
                 yield now
             else:
@@ -252,10 +254,10 @@ class Ledger:
         self._done = HashSet(keys)
         self._failed_in_part = set()
         for failure in self._failures():
-            version = _key(failure)
+            version = version_key(failure)
             self._partial.discard(version)
             is_outstanding = failure.stage == "write" or _segment_key(failure) in self._failed
-            if is_outstanding and _key(failure, self._start_seconds) in self._done:
+            if is_outstanding and version_key(failure, self._start_seconds) in self._done:
                 self._failed_in_part.add(version)
 
     def _read(self, path: Path, keys: bytearray) -> None:
@@ -341,7 +343,7 @@ def _require_same_job(files: LedgerFiles, job: Mapping[str, Any]) -> None:
         raise LedgerError(f"{files.out} was made with {', '.join(differing)}: use the same settings, {remedy}")
 
 
-def _key(one: VideoFile | Failure, start_seconds: float | None = None) -> bytes:
+def version_key(one: VideoFile | Failure, start_seconds: float | None = None) -> bytes:
     """Return the key of this version of a file, or of its segment that starts at a time."""
     version = (one.path if isinstance(one, VideoFile) else one.video, one.size_bytes, one.modified_ns, one.etag)
     return hash_key(*version) if start_seconds is None else hash_key(*version, start_seconds)
@@ -355,7 +357,7 @@ def _is_collection(failure: Failure) -> bool:
 
 
 def _segment_key(failure: Failure) -> bytes:
-    return _key(failure, float(failure.start_seconds or 0.0))
+    return version_key(failure, float(failure.start_seconds or 0.0))
 
 
 def _unescape(name: str) -> str:

@@ -3,8 +3,8 @@
 from collections import defaultdict
 
 from salmonn.batch.discovery import VideoFile
-from salmonn.batch.ledger import Ledger
-from salmonn.batch.ledger_files import SEGMENTS_SUFFIX, append_records, hash_key, read_complete, repair_last_line
+from salmonn.batch.ledger import Ledger, version_key
+from salmonn.batch.ledger_files import SEGMENTS_SUFFIX, append_records, read_complete, repair_last_line
 from salmonn.files import write_records
 from salmonn.records import Caption
 
@@ -25,11 +25,11 @@ class SegmentLog:
             for caption in read_complete(path, Caption):
                 video = VideoFile(caption.video, caption.size_bytes, caption.modified_ns, caption.etag)
                 if ledger.status(video) != "done":
-                    self._captions[_key(video)][caption.start_seconds or 0.0] = caption
+                    self._captions[version_key(video)][caption.start_seconds or 0.0] = caption
 
     def take(self, video: VideoFile) -> list[Caption]:
         """Return the captions of a video's segments that an earlier run finished, and forget them."""
-        return list(self._captions.pop(_key(video), {}).values())
+        return list(self._captions.pop(version_key(video), {}).values())
 
     def put(self, caption: Caption) -> None:
         """Write the caption of a segment; raises a LedgerError if the disk does not take it."""
@@ -43,7 +43,3 @@ class SegmentLog:
             write_records(self._path, left)
         else:
             self._path.unlink(missing_ok=True)
-
-
-def _key(video: VideoFile) -> bytes:
-    return hash_key(video.path, video.size_bytes, video.modified_ns, video.etag)

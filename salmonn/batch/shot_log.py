@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile
+from salmonn.batch.ledger import version_key
 from salmonn.batch.ledger_files import (
     SHOTS_SUFFIX,
     LedgerFiles,
     append_records,
-    hash_key,
     read_complete,
     repair_last_line,
 )
@@ -51,7 +51,7 @@ class ShotLog:
         self._lock = threading.Lock()
         repair_last_line(self._path)
         self._bounds = {
-            _key(video): shots.bounds
+            version_key(video): shots.bounds
             for path in files.find(SHOTS_SUFFIX)
             for shots in read_complete(path, ShotBounds)
             if not is_done(video := VideoFile(shots.video, shots.size_bytes, shots.modified_ns, shots.etag))
@@ -60,7 +60,7 @@ class ShotLog:
     def get(self, path: Path) -> Sequence[float] | None:
         """See `BoundsStore`."""
         video = self._video_of(path)
-        return self._bounds.pop(_key(video), None) if isinstance(video, VideoFile) else None
+        return self._bounds.pop(version_key(video), None) if isinstance(video, VideoFile) else None
 
     def put(self, path: Path, bounds: Sequence[float]) -> None:
         """See `BoundsStore`; raises a LedgerError if the disk does not take them."""
@@ -70,7 +70,3 @@ class ShotLog:
                 append_records(
                     self._path, [ShotBounds(video.path, tuple(bounds), video.size_bytes, video.modified_ns, video.etag)]
                 )
-
-
-def _key(video: VideoFile) -> bytes:
-    return hash_key(video.path, video.size_bytes, video.modified_ns, video.etag)

@@ -35,7 +35,7 @@ def transcribe_videos(
             started[number] = (index, video)
             yield ClipJob(number, CaptionRequest(path, modality="audio"), AudioReadSpec())
 
-    for batch in reader.batches(jobs(), size=1, finish=_identity):
+    for batch in reader.batches(jobs(), size=1, finish=lambda clip: clip):
         for job, clip in batch:
             index, video = started.pop(job.index)
             result = stamp(_transcribe(transcriber, video, clip), video, fetcher)
@@ -65,7 +65,3 @@ def _transcribe(transcriber: Transcriber, video: VideoFile, clip: Clip | ValueEr
         language=found.language,
         has_audio=clip.has_audio,
     )
-
-
-def _identity(clip: Clip) -> Clip:
-    return clip

@@ -219,15 +219,13 @@ def add_speech(
             outcome = "quoted before"
         else:
             outcome = "replaced" if quotes else "added"
-            events = _merge([*others, *(_to_event(one) for one in transcript.speech)])
-            reference = replace(reference, events=events)  # noqa: PLW2901
+            spoken = (
+                Event(quote_words(one), "speech", one.start_seconds, one.end_seconds) for one in transcript.speech
+            )
+            reference = replace(reference, events=_merge([*others, *spoken]))  # noqa: PLW2901
         counts[outcome] += 1
         changed.append(reference)
     return changed, counts
-
-
-def _to_event(speech: SpeechEvent) -> Event:
-    return Event(quote_words(speech), "speech", speech.start_seconds, speech.end_seconds)
 
 
 def _merge(events: list[Event]) -> tuple[Event, ...]:

@@ -33,14 +33,10 @@ class SalmonnInputs(BatchFeature):
 
     def to(self, *args: Any, **kwargs: Any) -> "SalmonnInputs":
         """Copy the tensors to a device; a dtype is ignored, since the network casts its inputs itself."""
-        device = kwargs.get("device", next((one for one in args if not _is_dtype(one)), None))
+        device = kwargs.get("device", next((one for one in args if type(one).__name__ != "dtype"), None))
         if device is not None:
             self.data["inputs"] = self.data["inputs"].to(device)
         return self
-
-
-def _is_dtype(value: object) -> bool:
-    return type(value).__name__ == "dtype"
 
 
 class SalmonnProcessor(ProcessorMixin):

@@ -315,11 +315,6 @@ class _UnreadTokens:
         return to_sampled_tokens(tokens, *figures) if figures else [SampledToken(one) for one in tokens.tolist()]
 
 
-def with_logprobs(tokens: Tensor, logits: Tensor, *, num_top: int) -> list[SampledToken]:
-    """Return sampled tokens with log-probabilities; see `compute_logprobs` for the arguments."""
-    return to_sampled_tokens(tokens, *compute_logprobs(tokens, logits, num_top=num_top))
-
-
 def compute_logprobs(tokens: Tensor, logits: Tensor, *, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities in float32.
 

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.video_utils import VideoMetadata
 
 from salmonn.caption.captioner import Captioner, RequestedSequence, RequestOptions
-from salmonn.caption.generate import SampledToken, with_logprobs
+from salmonn.caption.generate import SampledToken, compute_logprobs, to_sampled_tokens
 from salmonn.caption.generator import Sampling
 from salmonn.caption.hearing import probe_hearing
 from salmonn.caption.limits import BatchLimits
@@ -271,7 +271,7 @@ def _sampled_tokens(tokens: Tensor, logits: Sequence[Tensor] | None, sampling: S
     """Return generated tokens (L,), with log-probabilities from L logits (1, V) if the sampling asks for them."""
     if sampling.logprobs is None or logits is None:
         return [SampledToken(token) for token in tokens.tolist()]
-    return with_logprobs(tokens, torch.cat(list(logits)), num_top=sampling.logprobs)
+    return to_sampled_tokens(tokens, *compute_logprobs(tokens, torch.cat(list(logits)), num_top=sampling.logprobs))
 
 
 def is_generic(path: Path | str) -> bool:

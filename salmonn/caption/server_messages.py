@@ -103,7 +103,7 @@ def audio_part(waveform: np.ndarray) -> Part:
         wav.setsampwidth(2)
         wav.setframerate(SAMPLE_RATE_HZ)
         wav.writeframes((np.clip(waveform, -1, 1) * 32767).round().astype("<i2").tobytes())
-    return {"type": "input_audio", "input_audio": {"data": _base64(file.getvalue()), "format": "wav"}}
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
 
 
 def video_part(path: Path, *, remedy: str) -> Part:
@@ -146,8 +146,4 @@ def _message(role: str, parts: Sequence[Part], text: str) -> ChatMessage:
 
 
 def _data_url(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{_base64(data)}"
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -70,7 +70,10 @@ def _print_report(report: "FeedbackSummary", console: "Console") -> None:
         columns = ("copied", "rated good", "drafts accepted", "edited", "kept of drafts", "seconds", "final Total")
         table = new_table("Use of captions, in %", columns)
         for one in report.models:
-            shares = (_share(share) for share in (one.copied, one.rated_good, one.accepted, one.edited))
+            shares = (
+                f"{_percent(share.value)} of {share.total}" if share.total else "-"
+                for share in (one.copied, one.rated_good, one.accepted, one.edited)
+            )
             seconds = "-" if one.seconds is None else f"{one.seconds:.0f}"
             table.add_row(one.name, *shares, _percent(one.persistence), seconds, _percent(one.total))
         console.print(table)
@@ -105,10 +108,6 @@ def _print_ratings(ratings: "Ratings", console: "Console") -> None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _share(share: "Proportion") -> str:
-    return f"{_percent(share.value)} of {share.total}" if share.total else "-"
 
 
 def _describe(share: "Proportion") -> str:

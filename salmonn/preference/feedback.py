@@ -203,8 +203,9 @@ class FeedbackStore:
                     write_text(path, "".join(lines))
                 if (partial := partial_path(path)).exists():
                     # A part that was cut off before its rater's id may be of this one.
-                    parts = (part for part in partial.read_bytes().split(b"\n") if _names_other_rater(part, rater))
-                    write_text(partial, "".join(f"{part.decode(errors='replace')}\n" for part in parts))
+                    parts = ((part, _RATER.search(part)) for part in partial.read_bytes().split(b"\n"))
+                    kept_parts = (part for part, found in parts if found and found[1] != rater.encode())
+                    write_text(partial, "".join(f"{part.decode(errors='replace')}\n" for part in kept_parts))
         return len(feedback) - len(kept)
 
     def _repair(self) -> None:
@@ -391,11 +392,6 @@ def repair_last_line(path: Path) -> None:
             os.fsync(kept.fileno())
         file.truncate(size - len(last))
     logger.warning("%s ended with a part of a line, as left by a killed process; moved it to %s", path, aside)
-
-
-def _names_other_rater(part: bytes, rater: str) -> bool:
-    found = _RATER.search(part)
-    return found is not None and found[1] != rater.encode()
 
 
 def partial_path(path: Path) -> Path:

@@ -86,7 +86,7 @@ def write_caption(
         rng: random numbers.
         max_seconds: time limit; what has been begun is ended.
     """
-    noticed = [event for event in reference.events if rng.random() >= OMISSION_RATES[_kind(event)]]
+    noticed = [event for event in reference.events if rng.random() >= OMISSION_RATES[parse_claims(event.text)[0].kind]]
     if draft is None:
         return _add_events([], noticed, seconds=0.0, max_seconds=max_seconds)
     caption, score = draft
@@ -118,10 +118,6 @@ def _start_of(sentence: str, quotes: Sequence[Quote]) -> float | None:
         if quote.event and quote.event.start_seconds is not None and find_quote(quote.text, sentence)
     ]
     return min(starts) if starts else None
-
-
-def _kind(event: Event) -> str:
-    return parse_claims(event.text)[0].kind
 
 
 def _with_loss(loss: float) -> CaptionTraits:

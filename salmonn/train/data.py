@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -358,7 +358,23 @@ def require_streams(source: ClipSource, inputs: ClipInputs, processor: Processor
 
 
 @dataclass(frozen=True)
-class SftBatch:
+class ModelBatch:
+    """Base of micro-batches that are one input of the model; see `MicroBatch` in `salmonn.train.loop`."""
+
+    inputs: ModelInputs
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that pass through the decoder."""
+        return self.inputs.num_tokens
+
+    def pin_for(self, device: torch.device) -> Self:
+        """Return the micro-batch in pinned memory if the device is a GPU."""
+        return replace(self, inputs=self.inputs.pin_for(device))
+
+
+@dataclass(frozen=True)
+class SftBatch(ModelBatch):
     """A micro-batch of answers to learn.
 
     Args:
@@ -367,18 +383,8 @@ class SftBatch:
         clips: names of its clips, for error messages.
     """
 
-    inputs: ModelInputs
     mean_num_tokens: float
     clips: tuple[str, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that pass through the decoder."""
-        return self.inputs.num_tokens
-
-    def pin_for(self, device: torch.device) -> "SftBatch":
-        """Return the micro-batch in pinned memory if the device is a GPU."""
-        return replace(self, inputs=self.inputs.pin_for(device))
 
 
 @dataclass(frozen=True)

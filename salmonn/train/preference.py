@@ -20,7 +20,7 @@ from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.losses import Advantages, Clauses, PreferenceLoss, Role, RoleLogps, TokenLogps
 from salmonn.records import Comparison, Mark
-from salmonn.train.data import ClipSet, ClipSource, SftBatch, SftBatches, batch_at, sft_loss, split_evenly
+from salmonn.train.data import ClipSet, ClipSource, ModelBatch, SftBatch, SftBatches, batch_at, sft_loss, split_evenly
 
 # Of one example: the sum over the tokens of a role's only answer, or each answer's log-probabilities of single tokens.
 Logps = Mapping[Role, float | list[list[float]]]
@@ -144,7 +144,7 @@ def make_pair_examples(
 
 
 @dataclass(frozen=True)
-class PreferenceBatch:
+class PreferenceBatch(ModelBatch):
     """A micro-batch of B examples.
 
     Args:
@@ -158,7 +158,6 @@ class PreferenceBatch:
         margins: (B,) margins of comparisons; NaN where they are unknown.
     """
 
-    inputs: ModelInputs
     rows: Mapping[Role, slice]
     reference_logps: Mapping[Role, Tensor]
     mean_num_examples: float
@@ -166,15 +165,6 @@ class PreferenceBatch:
     advantages: Advantages | None = None
     clauses: Mapping[Role, Clauses] = field(default_factory=dict)
     margins: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that pass through the decoder."""
-        return self.inputs.num_tokens
-
-    def pin_for(self, device: torch.device) -> "PreferenceBatch":
-        """Return the micro-batch in pinned memory if the device is a GPU."""
-        return replace(self, inputs=self.inputs.pin_for(device))
 
 
 @dataclass

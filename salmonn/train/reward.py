@@ -23,7 +23,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.model.fingerprint import hash_model
-from salmonn.model.layout import ClipFeatures, ModelInputs
+from salmonn.model.layout import ClipFeatures
 from salmonn.model.lora import LoraConfig, attach_lora, load_adapter, merge_adapter, save_adapter
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.agreement import measure_agreement
@@ -41,7 +41,7 @@ from salmonn.preference.reward_model import (
     save_reward_model,
 )
 from salmonn.train.checkpoint import checkpointed, load_trained
-from salmonn.train.data import ClipSource, batch_at, split_evenly
+from salmonn.train.data import ClipSource, ModelBatch, batch_at, split_evenly
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.parallel import StrategyName
 from salmonn.train.reward_heads import ObjectiveConfig, fit_claims, fit_ensemble, fit_head, fit_objective_head
@@ -108,7 +108,7 @@ class RewardTrainingConfig:
 
 
 @dataclass(frozen=True)
-class RewardBatch:
+class RewardBatch(ModelBatch):
     """A micro-batch of clips with all their answers.
 
     Args:
@@ -119,20 +119,10 @@ class RewardBatch:
         clips: names of the clips, for error messages.
     """
 
-    inputs: ModelInputs
     pairs: Tensor
     weights: Tensor
     mean_num_examples: float
     clips: tuple[str, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that pass through the decoder."""
-        return self.inputs.num_tokens
-
-    def pin_for(self, device: torch.device) -> "RewardBatch":
-        """Return the micro-batch in pinned memory if the device is a GPU."""
-        return replace(self, inputs=self.inputs.pin_for(device))
 
 
 @dataclass(frozen=True)

@@ -269,13 +269,12 @@ class CaptionTab:
         files = {"json": json.dumps(content, ensure_ascii=False, indent=2) + "\n"}
         try:
             for name in (one for one in SUBTITLE_FORMATS if one != "json"):  # which has the whole record
-                files[name] = format_text(captions, name, seconds_of=lambda _: self._seconds(path, captions[0].model))
+                files[name] = format_text(
+                    captions, name, seconds_of=lambda _: self.state.measure_seconds(path, model=captions[0].model)
+                )
         except ClipError as error:
             logger.warning("no subtitles of a caption: %s", error)
         return render_downloads(files, stem=path.stem)
-
-    def _seconds(self, path: Path, model: str) -> float:
-        return self.state.measure_seconds(path, model=model)
 
     def _enable(self) -> Update:
         return {self.start: gr.update(interactive=True), self.stop: gr.update(visible=False)}

@@ -3,8 +3,9 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -182,7 +183,7 @@ class FeedbackPanel:
         inputs: set[Any] = {self.wrong, self.rest, self.missing, self.consent, self.caption, self.rater}
         actions: Mapping[Literal["good", "bad"], gr.Button] = {"good": self.good, "bad": self.bad}
         for action, button in actions.items():
-            button.click(self._on_rating(action), inputs, self.status, js=WITH_RATER, **GENERATE)
+            button.click(partial(self.rate, action), inputs, self.status, js=WITH_RATER, **GENERATE)
 
     def open(self, shown: ShownCaption) -> Update:
         """Offer to rate a caption."""
@@ -207,9 +208,6 @@ class FeedbackPanel:
             self.status: "",
             self.caption: None,
         }
-
-    def _on_rating(self, action: Literal["good", "bad"]) -> Callable[[Mapping[Any, Any]], str]:
-        return lambda values: self.rate(action, values)
 
     def rate(self, action: Literal["good", "bad"], values: Mapping[Any, Any]) -> str:
         """Save a rating with its marks, and return what became of it; a later rating replaces it."""

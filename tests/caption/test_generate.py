@@ -11,7 +11,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from salmonn.caption import generate as generate_module
 from salmonn.caption import nucleus
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import DecodeBatch, SampledToken, with_logprobs
+from salmonn.caption.generate import DecodeBatch, SampledToken, compute_logprobs, to_sampled_tokens
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.nucleus import sample_tokens
@@ -376,12 +376,13 @@ def test_samples_depend_only_on_their_own_seed(captioner, media):
 def test_log_probabilities_by_hand():
     """Logits of 0.1, 0.5 and 0.4 times e: the softmax is these numbers."""
     logits = torch.tensor([0.1, 0.5, 0.4]).log().expand(2, 3) + 1
-    first, second = with_logprobs(torch.tensor([0, 2]), logits.double(), num_top=2)
+    tokens = torch.tensor([0, 2])
+    first, second = to_sampled_tokens(tokens, *compute_logprobs(tokens, logits.double(), num_top=2))
     assert (first.id, second.id) == (0, 2)
     assert (first.logprob, second.logprob) == pytest.approx((math.log(0.1), math.log(0.4)))
     assert [token for token, _ in first.top] == [1, 2]
     assert [logprob for _, logprob in first.top] == pytest.approx([math.log(0.5), math.log(0.4)])
-    assert with_logprobs(torch.tensor([0, 2]), logits, num_top=0)[0].top == ()
+    assert to_sampled_tokens(tokens, *compute_logprobs(tokens, logits, num_top=0))[0].top == ()
 
 
 @torch.no_grad()
