@@ -37,10 +37,12 @@ class FrameOptions:
         if self.frames_per_second is not None and self.num_frames is not None:
             raise ValueError("fps and num_frames exclude each other: give one")
 
-    def check(self, *, max_frames: int) -> None:
-        """Raise a ValueError if more frames are asked for than the model takes."""
+    def check(self, *, max_frames: int, min_pixels: int = 0) -> None:
+        """Raise a ValueError if more frames, or smaller ones, are asked for than the model takes."""
         if (self.num_frames or 0) > max_frames:
             raise ValueError(f"num_frames is {self.num_frames}; the maximum of this model is {max_frames}")
+        if self.max_pixels is not None and self.max_pixels < min_pixels:
+            raise ValueError(f"max_pixels is {self.max_pixels}; the minimum of this model is {min_pixels}")
 
 
 class FrameSampler(Protocol):
@@ -138,11 +140,9 @@ class UniformSampler:
 
     def with_options(self, options: FrameOptions) -> "UniformSampler":
         """See `FrameSampler`."""
-        options.check(max_frames=self.max_frames)
+        options.check(max_frames=self.max_frames, min_pixels=self.min_pixels)
         changed = self
         if options.max_pixels is not None:
-            if options.max_pixels < self.min_pixels:
-                raise ValueError(f"max_pixels is {options.max_pixels}; the minimum of this model is {self.min_pixels}")
             changed = replace(changed, frame_pixels=options.max_pixels)
         if options.frames_per_second is not None:
             return replace(changed, interval_seconds=1 / options.frames_per_second, min_frames=1)
@@ -192,11 +192,9 @@ class EvenCountSampler:
 
     def with_options(self, options: FrameOptions) -> "EvenCountSampler":
         """See `FrameSampler`."""
-        options.check(max_frames=self.max_frames)
+        options.check(max_frames=self.max_frames, min_pixels=self.min_pixels)
         changed = self
         if options.max_pixels is not None:
-            if options.max_pixels < self.min_pixels:
-                raise ValueError(f"max_pixels is {options.max_pixels}; the minimum of this model is {self.min_pixels}")
             changed = replace(changed, max_pixels=min(self.max_pixels, options.max_pixels))
         if options.frames_per_second is not None:
             return replace(changed, frames_per_second=options.frames_per_second, min_frames=2, num_frames=None)

@@ -9,14 +9,13 @@ instead of one. Fine-grained RLHF (arXiv 2306.01693) rewards the parts of an ans
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from salmonn.caption.processor import Processor
 from salmonn.model.pooling import NUM_CLAUSE_FIGURES, AnswerStates
-from salmonn.preference.comparisons import AnswerGroup
+from salmonn.preference.comparisons import AnswerGroup, attach_values
 from salmonn.records import Caption, Score
 from salmonn.score.repetition import find_clauses
 from salmonn.score.text_spans import CharSpan, find_all_quotes
@@ -57,16 +56,7 @@ def attach_credits(
         span = (one.start_seconds, one.end_seconds)
         if score := score_of.get((one.video, one.sample, *span)):
             credits[one.video, *span, one.text, one.finished] = clause_credits(score, one.text)
-    return [
-        replace(
-            group,
-            credits=tuple(
-                credits[group.example.video, group.example.start_seconds, group.example.end_seconds, text, finished]
-                for text, finished in group.answers
-            ),
-        )
-        for group in groups
-    ]
+    return attach_values(groups, credits, name="credits")
 
 
 def pool_clauses(tokens: Tensor, text: str, processor: Processor, *, width: int) -> Tensor:

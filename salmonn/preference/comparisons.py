@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from salmonn.conversations import Conversation, is_conversation_file, list_items, read_conversations
 from salmonn.files import iter_numbered_records, parse_record, read_records
@@ -95,6 +95,23 @@ class AnswerGroup:
 def join_pair(first: tuple[str, bool], second: tuple[str, bool]) -> tuple[str, bool]:
     """Return the answer that holds two captions, in this order, for a pairwise model."""
     return f"A: {first[0]} B: {second[0]}", True
+
+
+def attach_values(
+    groups: Sequence[AnswerGroup], values: Mapping[tuple[Any, ...], Any], *, name: Literal["credits", "objectives"]
+) -> list[AnswerGroup]:
+    """Return groups with a value for each answer.
+
+    Args:
+        groups: the groups.
+        values: values by video, start and end in seconds, text, and whether the text is finished.
+        name: field of the groups that the values are for.
+    """
+    attached = []
+    for group in groups:
+        clip = (group.example.video, group.example.start_seconds, group.example.end_seconds)
+        attached.append(replace(group, **{name: tuple(values[*clip, *answer] for answer in group.answers)}))
+    return attached
 
 
 def group_comparisons(comparisons: Sequence[Comparison]) -> list[AnswerGroup]:

@@ -14,11 +14,10 @@ After ArmoRM (arXiv 2406.12845), whose objectives are ratings of people and mode
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
-from salmonn.preference.comparisons import AnswerGroup
+from salmonn.preference.comparisons import AnswerGroup, attach_values
 from salmonn.records import Caption, Reference, Score
 from salmonn.score.judge import restrict_to_caption
 
@@ -98,13 +97,4 @@ def attach_objectives(
         (one.video, one.start_seconds, one.end_seconds, one.text, one.finished): objectives
         for one, objectives in judged_objectives(captions, scores, references)
     }
-    return [
-        replace(
-            group,
-            objectives=tuple(
-                values[group.example.video, group.example.start_seconds, group.example.end_seconds, text, finished]
-                for text, finished in group.answers
-            ),
-        )
-        for group in groups
-    ]
+    return attach_values(groups, values, name="objectives")

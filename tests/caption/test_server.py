@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tenacity
 
 from salmonn.caption.generator import CaptionRequest, Generator, Sampling, Span
 from salmonn.caption.length import WordRange
@@ -27,7 +26,7 @@ from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError
 from salmonn.speech import SpeechEvent
 from tests.caption.served_model import captioner as scripted
 from tests.caption.served_model import content_of, describe, images_of, sound_of
-from tests.score.completions import FakeClock
+from tests.score.completions import FakeClock, use_fake_clock
 from tests.score.fake_llm_server import Answer, FakeLLMServer, model_list
 
 GREEDY = Sampling(max_new_tokens=50)
@@ -36,10 +35,7 @@ GREEDY = Sampling(max_new_tokens=50)
 @pytest.fixture(autouse=True)
 def clock(monkeypatch) -> FakeClock:
     """Let retries take no real time, and record their exact delays."""
-    clock = FakeClock()
-    monkeypatch.setattr(tenacity, "time", clock)
-    monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
-    return clock
+    return use_fake_clock(monkeypatch)
 
 
 def open_captioner(server: FakeLLMServer, **options) -> ServerCaptioner:

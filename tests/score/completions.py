@@ -1,5 +1,7 @@
 """Requests to a fake server, as the tests of the client send them, and a clock for retries."""
 
+import tenacity
+
 from salmonn.score.llm_client import LLMClient
 from salmonn.score.llm_protocol import LLMResponse
 
@@ -12,6 +14,14 @@ def complete(client: LLMClient, message: str = "hello", seed: int = 0) -> LLMRes
 
 def text_of(request: dict) -> str:
     return request["messages"][0]["content"]
+
+
+def use_fake_clock(monkeypatch) -> "FakeClock":
+    """Let retries take no real time; return the clock that records their exact delays."""
+    clock = FakeClock()
+    monkeypatch.setattr(tenacity, "time", clock)
+    monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
+    return clock
 
 
 class FakeClock:

@@ -1,11 +1,10 @@
 """Fixtures of the scoring tests."""
 
 import pytest
-import tenacity
 
 from salmonn.score.config import LLMConfig
 from salmonn.score.llm_client import LLMClient
-from tests.score.completions import FakeClock
+from tests.score.completions import FakeClock, use_fake_clock
 from tests.score.fake_llm_server import FakeLLMServer
 
 
@@ -23,7 +22,4 @@ def open_client(tmp_path):
 @pytest.fixture
 def clock(monkeypatch) -> FakeClock:
     """Let retries take no real time, and record their exact delays."""
-    clock = FakeClock()
-    monkeypatch.setattr(tenacity, "time", clock)
-    monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
-    return clock
+    return use_fake_clock(monkeypatch)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tenacity
 import torch
 from safetensors.torch import load_file
 
@@ -35,7 +34,7 @@ from tests.caption.served_model import content_of, describe, images_of, sound_of
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 from tests.omni_models import make_qwen2_5_omni
-from tests.score.completions import FakeClock
+from tests.score.completions import FakeClock, use_fake_clock
 from tests.score.fake_llm_server import Answer, FakeLLMServer
 
 LORA = LoraConfig(rank=2, alpha=8)
@@ -46,10 +45,7 @@ NOT_FOUND = Answer(body=b'{"detail":"Not Found"}', status=404)
 @pytest.fixture(autouse=True)
 def clock(monkeypatch) -> FakeClock:
     """Let retries take no real time."""
-    clock = FakeClock()
-    monkeypatch.setattr(tenacity, "time", clock)
-    monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
-    return clock
+    return use_fake_clock(monkeypatch)
 
 
 @pytest.fixture(scope="module")
