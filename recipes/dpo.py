@@ -55,7 +55,7 @@ class OfflineDpoConfig(RunConfig):
         preferences: JSONL of comparisons (pairs.jsonl of a round), or .json or .jsonl of published conversations with
             preferences (docs/data.md).
         feedback: folder of people's feedback, as the web UI saves it, to train on instead of `preferences`. Votes,
-            edits and ratings become pairs; with loss.kind kto or bco_pair, each rated caption is trained on by itself.
+            edits and ratings become pairs; with loss.kind kto or bco_pair, each rated caption is trained on separately.
             The cross-entropy is on what people wrote and on reference captions, where there are any.
         root: folder that the paths of the videos start from; by default the folder of `preferences`, or the
             folder `feedback`.

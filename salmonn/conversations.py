@@ -42,7 +42,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to `prompt`, of which `chosen` is better than `rejected`.
+    """Two answers to `prompt`; `chosen` is better than `rejected`.
 
     `ground_truth` is for the cross-entropy term of guided DPO; "" if the data has none, which suffices for plain DPO.
     """

@@ -125,7 +125,7 @@ class Shaping:
 
 @dataclass(frozen=True)
 class SpokenLine:
-    """Words that somebody says.
+    """Words that a person says.
 
     Args:
         speaker: who speaks, as far as it can be seen or heard, such as "a woman in a red coat"; or "unknown".
@@ -393,10 +393,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt about a video, of which `chosen` is better than `rejected`; every recipe reads them.
+    """Two answers to one prompt about a video; `chosen` is better than `rejected`. Every recipe reads them.
 
-    Where only one was rated good or bad, for losses that rate each by itself, the other is "" and not finished: an
-    answer without tokens, on which no loss depends.
+    If only one was rated (good or bad), for losses that treat each answer separately, the other is "" and not
+    finished: an answer without tokens, on which no loss depends.
 
     Args:
         video: path of the file with the video, or the audio or image alone, as in `Reference.video`.

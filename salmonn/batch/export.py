@@ -55,8 +55,8 @@ class LatestCaptions:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        # Kept open: once a file is full, a run gives its name to another one. Full files, of which there may be
-        # thousands, keep their names.
+        # Kept open: once a file is full, a run gives its name to another one. Full files keep their names, and may be
+        # thousands.
         self._files = {path: path.open("rb") for path in paths if not is_full(path)}
         for file in self._files.values():
             weakref.finalize(self, file.close)

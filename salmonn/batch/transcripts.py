@@ -229,7 +229,7 @@ def add_speech(
 
 
 def _merge(events: list[Event]) -> tuple[Event, ...]:
-    """Sort events by time, unless one has none: then their order is somebody's, and stays."""
+    """Sort events by time, unless one has no time: then their order was chosen by a person and stays."""
     if all(event.start_seconds is not None for event in events):
         events.sort(key=lambda event: event.start_seconds or 0.0)
     return tuple(events)

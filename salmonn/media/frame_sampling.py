@@ -97,7 +97,7 @@ class FixedRateSampler:
         options.check(max_frames=self.max_frames)
         if options.max_pixels is not None:
             raise ValueError(f"max_pixels cannot be set: this model scales all frames to {self.side} x {self.side}")
-        if options.num_frames is not None:  # every frame, of which num_frames are sampled evenly
+        if options.num_frames is not None:  # num_frames are sampled evenly from all frames
             return replace(self, frames_per_second=math.inf, max_frames=options.num_frames)
         return replace(self, frames_per_second=options.frames_per_second or self.frames_per_second)
 

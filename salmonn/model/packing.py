@@ -41,7 +41,7 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B rows of L tokens in one sequence of T tokens, of which R rows belong to `groups`.
+    """B rows of L tokens in one sequence of T tokens; R of the rows belong to `groups`.
 
     Args:
         source: (T,) index of each packed token in the flattened rows (B * L).

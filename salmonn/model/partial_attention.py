@@ -85,7 +85,7 @@ def _largest_difference(kernel: Attention, device: torch.device, dtype: torch.dt
 def length_bias(lengths: Tensor, *, num_columns: int, dtype: torch.dtype) -> Tensor:
     """Return the bias (B, num_columns) of B rows whose first columns, `lengths` (B, 1), are filled.
 
-    It is a part of a tensor with a multiple of 16 columns, in steps of which kernels read it.
+    It is a view of a tensor whose number of columns is a multiple of 16, as the kernels require.
     """
     is_empty = torch.arange(num_columns + -num_columns % 16, device=lengths.device) >= lengths
     bias = torch.zeros(is_empty.shape, dtype=dtype, device=lengths.device).masked_fill_(is_empty, -torch.inf)

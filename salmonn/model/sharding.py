@@ -42,10 +42,10 @@ def shard_network(network: nn.Module) -> None:
 
 
 def load_sharded(path: Path | str, *, placement: Placement, lora: LoraConfig, seed: int) -> Network:
-    """Load a network with a fresh adapter, of which each process reads and holds its shards only.
+    """Load a network with a fresh adapter; each process reads and holds only its shards.
 
-    Weights, adapter included, are those of `load_network` and `attach_lora`. Its towers cannot be called by themselves,
-    so clips must have been encoded before.
+    Weights, adapter included, are those of `load_network` and `attach_lora`. Its towers cannot be called separately, so
+    clips must have been encoded before.
 
     Args:
         path: model folder, or hub id.
@@ -137,7 +137,7 @@ def own_rows(parameter: Tensor) -> slice:
 
 @torch.no_grad()
 def copy_rows(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter, of which this process may hold some rows only."""
+    """Copy a whole tensor into a parameter; this process may hold only some of its rows."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local.copy_(value[own_rows(parameter)])
 

@@ -53,7 +53,7 @@ class CopyStream:
 
 
 class SideStream:
-    """A stream of a GPU for computations beside those of the main stream; without a GPU they are done at once.
+    """A stream of a GPU for computations alongside those of the main stream; without a GPU they are done at once.
 
     Args:
         device: device that computes.

@@ -4,7 +4,7 @@
     outcomes = rate_items(items, JudgeReward(RuleJudge(), repetition_weight=1.0))
     result = summarize(items, outcomes, name="rule")
 
-A reward rates each answer by itself, or compares two of them, in both orders (`pairwise.py`). Its accuracy stands
+A reward rates each answer separately, or compares two of them, in both orders (`pairwise.py`). Its accuracy stands
 next to three controls that see no clip: preferring the longer answer, the shorter one, and the reward itself with the
 features of another clip ("blind"). `docs/reward_benchmark.md` describes the data, the counting and results.
 """

@@ -1,6 +1,6 @@
 """Rewards by clause: a judge says which clauses of a caption are right, so each of them is a separate label.
 
-Total is (N - correct + hallucinated) / N for a clip of N events. Within a clip it depends on nothing but the sum of
+Total is (N - correct + hallucinated) / N for a clip of N events. Within a clip it depends only on the sum of
 
     credit(clause) = correct events - hallucinations that the judge quotes from the clause
 

@@ -28,7 +28,7 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
 
     Args:
         feedback: feedback; the videos of the comparisons are relative to its folder.
-        unpaired: return each rated caption by itself, for losses that need no pairs.
+        unpaired: return each rated caption separately, for losses that need no pairs.
     """
     unused = Counter(reason for one in feedback if (reason := find_unused_reason(one)))
     usable = [one for one in feedback if one.action not in COUNTED_ONLY and not find_unused_reason(one)]
@@ -78,7 +78,7 @@ def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]
 
 
 def _own_comparisons(one: Feedback) -> list[Comparison]:
-    """Return the comparisons that feedback makes by itself: of a vote or an edit."""
+    """Return the comparisons that a single vote or edit makes."""
     if one.chosen and one.rejected:
         return [_compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.own_text)]
     if one.action == "edit" and one.own_text.split() != one.first.text.split():

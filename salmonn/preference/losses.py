@@ -229,7 +229,7 @@ def nca_pair_loss(ratios: LogRatios, config: LossConfig) -> Tensor:
 
 
 def bco_pair_loss(ratios: LogRatios, config: LossConfig) -> Tensor:
-    """Compute BCO (arXiv 2404.04656) without reward shift: each caption is classified by itself."""
+    """Compute BCO (arXiv 2404.04656) without reward shift: each caption is classified separately."""
     return -F.logsigmoid(config.beta * ratios.chosen) - F.logsigmoid(-config.beta * ratios.rejected)
 
 

@@ -97,7 +97,7 @@ def compare_items(
     for item in items:
         if len(item.chosen) > 1:
             reason = (
-                f"it has {len(item.chosen)} correct answers, which only a reward that rates each by itself can score"
+                f"it has {len(item.chosen)} correct answers, which only a reward that rates each separately can score"
             )
             outcomes.append(Outcome(reason=reason))
             continue

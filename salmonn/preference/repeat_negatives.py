@@ -1,10 +1,10 @@
-"""Preference pairs of what a good caption says next, and one of its clauses said again.
+"""Preference pairs of the continuation of a good caption and a repetition of one of its clauses.
 
-A preference for captions with more events makes a captioner more ready to add a clause wherever one could stand, also
-where there is nothing new to say: it then repeats what it said last. In a pair of two sampled captions that decision is
-a small part of the difference; here it is all of it. After the same start of a caption, its next sentence, or its end,
-is chosen over the repetition, and both stop there: further text would be made less likely after a repetition, although
-it is right. Imports no torch.
+A preference for captions with more events makes a captioner more likely to add a clause wherever one fits, even if
+there is nothing new to say: it then repeats its last clause. In a pair of two sampled captions that decision is a small
+part of the difference; here it is the whole difference. After the same start of a caption, its next sentence, or its
+end, is chosen over the repetition. Both answers stop there, because further text, although it is right, would become
+less likely after a repetition. Imports no torch.
 """
 
 import random
@@ -25,7 +25,7 @@ _LOWERED = ARTICLES | {"there", "it", "they", "we"}  # words that are not names
 
 @dataclass(frozen=True)
 class _Clause:
-    """A clause that may be said again.
+    """A clause that may be repeated.
 
     Args:
         text: the clause.
@@ -49,12 +49,12 @@ def select_repeat_negatives(
     source: str,
     foreign: bool = False,
 ) -> list[Comparison]:
-    """Return pairs of what the best caption of a clip says next, which is chosen, and one of its clauses said again.
+    """Return pairs of the continuation of a clip's best caption (chosen) and a repetition of one of its clauses.
 
-    Both follow the same start of the caption, up to a sentence end chosen at random; at the end of the caption, its end
-    is chosen. The repeated clause is the last correct mention of an event before that by a judge's quotes: of a sound
-    or of something seen, at random. Without a score it is the last clause. The margin of the pairs is 0: Total does not
-    count repeated clauses.
+    Both follow the same start of the caption, up to the end of a random sentence; after the last one, the end of the
+    caption is chosen. The repeated clause is the last correct mention, by the judge's quotes, of an event before that:
+    of a sound or of something visible, at random. Without a score it is the last clause. The margin of the pairs is 0,
+    since Total does not count repeated clauses.
 
     Args:
         captions: sampled captions, several of each clip. Of the finished ones without repetition, the best is used.
@@ -88,7 +88,7 @@ def select_repeat_negatives(
 
 
 def _find_repeatable(captions: Sequence[RatedCaption]) -> tuple[RatedCaption, list[_Clause]] | None:
-    """Return the best finished caption without repetition, and its clauses that may be said again after a sentence.
+    """Return the best finished caption without repetition, and its clauses that may be repeated after a sentence.
 
     Ties go to the lower sample number; None if there is no such caption.
     """
@@ -103,7 +103,7 @@ def _find_repeatable(captions: Sequence[RatedCaption]) -> tuple[RatedCaption, li
 
 
 def _list_clauses(rated: RatedCaption) -> list[_Clause]:
-    """Return the clauses that may be said again, from left to right."""
+    """Return the clauses that may be repeated, from left to right."""
     text, score = rated.caption.text, rated.rating.score
     if score is None:
         return [_Clause(text[start:end], end, text[start:end].lower()) for start, end in find_clauses(text)]

@@ -83,8 +83,8 @@ class SelectionConfig:
             an ensemble gave them; none for any.
         repetition_fraction: largest fraction of a round's pairs that are added to these to teach not to repeat: the
             start of a caption with a missing event is chosen over the same with a repeated clause in its place.
-        repeat_negatives: share of the clips that get one more pair: what the best caption says next over one of its
-            clauses said again (`salmonn.preference.repeat_negatives`).
+        repeat_negatives: share of the clips that get one more pair: the continuation of the best caption over a
+            repetition of one of its clauses (`salmonn.preference.repeat_negatives`).
         inserted_clause: rejected clause of these pairs: the caption's "own", or as a control one of "other" clips.
     """
 

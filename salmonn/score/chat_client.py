@@ -289,7 +289,7 @@ class ChatClient:
         after = _retry_after(error)
         if _status_of(error) in _REJECTED_STATUS:
             self._num_rejected += 1
-            # A wrong model or option is rejected for every caption, a long caption only by itself.
+            # A wrong model or option is rejected for every caption; a caption that is too long is rejected alone.
             if self._has_replied or self._num_rejected < _MAX_REJECTED:
                 return LLMRejectedError(f"the server rejects the request: {_summarize(error)}")
         elif _is_transient(error) and not after and self._is_alive():

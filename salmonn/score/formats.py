@@ -100,7 +100,7 @@ def read_references(path: Path) -> dict[str, Reference]:
 
 
 def read_captions(path: Path) -> list[Caption]:
-    """Read captions from JSONL, or published predictions from JSON, of which the last of each video counts.
+    """Read captions from JSONL, or published predictions from JSON, where the last one of each video counts.
 
     Raises:
         FileNotFoundError: there is no such file.

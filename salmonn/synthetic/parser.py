@@ -2,7 +2,7 @@
 
 `parse_claims` splits a caption into clauses, reads the words of each clause by the lexicon (`ClauseParser`), and
 resolves what a clause leaves to its neighbours, such as "it" or a subject named before (`CaptionParser`). It matches
-words, not templates. Event texts are parsed in the same way, so a judge needs nothing but texts.
+words, not templates. Event texts are parsed in the same way, so a judge needs only texts.
 """
 
 import re

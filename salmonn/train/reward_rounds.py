@@ -257,7 +257,7 @@ class RewardRounds:
         )
         if audited is None:
             return
-        log.info("%s: on new captions, the reward model of before %s", name, describe_agreement(audited, of="judged"))
+        log.info("%s: on new captions, the previous reward model %s", name, describe_agreement(audited, of="judged"))
         if audited.accuracy < self.config.min_agreement and not self._is_trained_in(number):
             log.warning(
                 "%s: the reward model agrees with %.0f %% of the judge's comparisons of new captions, below "

@@ -1,4 +1,4 @@
-"""The web UI: its tabs, of which Results and Runs are built here, its theme and its launch options."""
+"""The web UI: its tabs (Results and Runs are built here), its theme and its launch options."""
 
 import re
 import tempfile

@@ -116,9 +116,9 @@ class Row:
     """A row of the table.
 
     Args:
-        text: what is measured, and what is wanted of it.
+        text: what is measured, and the claim about it.
         value: its value for a seed, from the results of the parts; KeyError where a part is missing.
-        holds: whether a mean over seeds fulfils the claim; None for a control, of which nothing is claimed.
+        holds: whether a mean over seeds fulfils the claim; None for a control, about which nothing is claimed.
         digits: number of decimals.
     """
 

@@ -241,7 +241,7 @@ class Family(ABC):
             after: text behind it.
 
         Returns:
-            The text in front of the clip's tokens, and the texts behind them; each is tokenized by itself.
+            The text in front of the clip's tokens, and the texts behind them; each is tokenized separately.
         """
 
     @abstractmethod
