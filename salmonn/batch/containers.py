@@ -3,8 +3,8 @@
     shards/clips-000000.tar::harbour.mp4      a member of a tar archive
     data/train-00000-of-00004.parquet::17     row 17, from 0, of a Parquet file with the bytes of videos
 
-Both may be local or remote. Of a remote one only what is needed is transferred: the headers of a tar archive, and the
-bytes of the members that are captioned; the row groups of a Parquet file that these are in.
+Both may be local or remote. From a remote one, only what is needed is transferred: of a tar archive, its headers and
+the members that are captioned; of a Parquet file, the row groups that contain them.
 """
 
 import os
@@ -63,13 +63,13 @@ def _name(path: str) -> str:
 
 
 def split_member(path: str) -> tuple[str, str] | None:
-    """Split the path of a member into those of the container and of what is inside; None for any other path."""
+    """Split the path of a member into the path of its container and its name in it; None for any other path."""
     match = _MEMBER.fullmatch(path)
     return None if match is None else (match[1], match[2])
 
 
 def recorded_path(path: str) -> str:
-    """Return a path as records have it: URLs, also of containers, without passwords and signatures."""
+    """Return a path as it is recorded: URLs, also of containers, without passwords and signatures."""
     container, member = split_member(path) or (path, "")
     return f"{without_secrets(container)}{MEMBER_SEPARATOR if member else ''}{member}"
 
@@ -92,7 +92,7 @@ def source_path(path: str) -> Path | None:
 
 
 def holds_videos(path: str, *, column: str) -> bool:
-    """Return whether a path is that of a container of videos, or of a video in one, and not of a list of local files.
+    """Return whether a path names a container of videos, or a video in one, and not a list of local files.
 
     Args:
         path: local path as the user named it.
@@ -134,7 +134,7 @@ def tar_members(path: str, version: tuple[Any, ...]) -> tuple[dict[str, Member],
 
     Args:
         path: path or URL of the archive.
-        version: state of the archive, by which a changed one is read again.
+        version: state of the archive; a changed one is read again.
 
     Returns:
         The members by name, hidden ones left out, and the reason if the archive cannot be read to its end, else "".
@@ -266,7 +266,7 @@ def _holds_bytes(kind: Any) -> bool:
 def _resolve(container: str, value: str) -> str:
     """Return the path or URL of a video that a Parquet file names; relative ones start from the file's folder.
 
-    A remote file may come from a stranger: it may name remote files only.
+    A remote file may come from an untrusted source, so it may name only remote files.
 
     Raises:
         RemoteError: it names another file.

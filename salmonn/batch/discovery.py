@@ -214,7 +214,7 @@ class VideoListing:
     def addresses(self) -> dict[str, str]:
         """Return the named URLs with a password or a signature, by their recorded paths; nothing is looked up.
 
-        Of URLs with a password there are also those of their hosts, for the files in folders.
+        For a URL with a password, that of its host is included, too, for the files in folders.
         """
         if self.list_path is not None:
             self.require_any()
@@ -236,7 +236,7 @@ class VideoListing:
 
 
 def stat_video(path: str) -> VideoFile | Failure:
-    """Look up the version of a file; whether it can be decoded shows when it is read."""
+    """Look up the version of a file; whether it can be decoded is found out when it is read."""
     if is_url(path) or split_member(path):
         try:
             return _stat_elsewhere(path)
@@ -351,7 +351,7 @@ def _stat_elsewhere(path: str) -> VideoFile:
 def _walk_remote(
     url: str, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], on_skip: Callable[[str], object]
 ) -> Iterator[VideoFile | Failure]:
-    """Yield the videos in a remote folder; what its files are follows from their names alone."""
+    """Yield the videos in a remote folder; files are recognized by their names alone."""
     try:
         entries = list_folder(url)
     except RemoteError as error:
@@ -462,7 +462,7 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _read_list(file: BufferedIOBase) -> Iterator[str]:
-    """Yield the lines of a list except for empty ones; some tools put a byte order mark at its start.
+    """Yield the non-empty lines of a list; some tools put a byte order mark at its start.
 
     A list with a NUL byte, as `find -print0` writes it, is separated by those instead: names may contain line breaks.
     """

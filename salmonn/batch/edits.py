@@ -80,8 +80,8 @@ class EditableCaptions:
         """Write edits.
 
         Returns:
-            The captions as they were before, for the edits that were made; and the rows whose text somebody else has
-            changed, which are left as they are.
+            The previous captions of the rows that were edited, and the rows whose text another person has changed,
+            which are left unchanged.
 
         Raises:
             ValueError: a row has no caption that can be edited, or the disk does not take the edits.
@@ -175,7 +175,7 @@ def _with_text(caption: Caption, text: str) -> Caption:
 
 
 def _with_bare(shaping: Shaping, caption: Caption, text: str) -> Shaping:
-    """Return the shaping of an edited text: its templates are those around the text before, if the edit left them."""
+    """Return the shaping of an edited text; it has the templates of the previous text if the edit kept them."""
     if shaping.bare is None or shaping.bare not in caption.text:
         return shaping
     head, _, tail = caption.text.partition(shaping.bare)

@@ -3,8 +3,8 @@
     export_table(LatestCaptions([Path("captions.jsonl")]), Path("captions.csv"))
 
 A video that was captioned several times, because it changed or was retried, is in the captions files several times.
-Only its latest captions count: of the lines about the version of the file that its last line is about, the last one for
-each segment. Finding them takes two passes, and the first one keeps 48 bytes per line.
+Only its latest captions count: the last line for each segment, among the lines about the same version of the file as
+the video's last line. Finding them takes two passes, and the first one keeps 48 bytes per line.
 """
 
 import csv
@@ -91,7 +91,8 @@ class LatestCaptions:
     def by_video(self) -> Iterator[list[Caption]]:
         """Yield the captions of each video in order of time.
 
-        Captions of a video that are not consecutive, because a retry added some, are held until the last one has come.
+        Captions of a video that are not consecutive, because a retry added some, are held until the last one has been
+        read.
         """
         videos = self._videos[self._counts]
         is_run_start = np.ones(len(videos), bool)

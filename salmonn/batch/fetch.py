@@ -62,12 +62,12 @@ class FetchConfig:
 
     @property
     def max_bytes(self) -> int:
-        """The same in bytes."""
+        """The same, in bytes."""
         return int(self.gib * (1 << 30))
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
-    """Fetches files ahead of their use; files that are on this machine already are used where they are.
+    """Fetches files ahead of their use; local files are used in place.
 
     Scratch folders of killed runs are deleted by the next run on this machine that needs one.
     """
@@ -251,7 +251,7 @@ class _Guard(Callback):
         self.restart()
 
     def restart(self) -> None:
-        """Begin to count again, for another attempt."""
+        """Reset the count for another attempt."""
         self._num_bytes = 0
 
     def relative_update(self, inc: int = 1) -> None:

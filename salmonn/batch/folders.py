@@ -46,7 +46,7 @@ def export_folder(captions: LatestCaptions, out: Path, *, fetch: FetchConfig | N
         fetch: how remote videos are fetched.
 
     Returns:
-        The videos that are left out, because they have changed since or cannot be read.
+        The videos that were left out because they have changed since or cannot be read.
 
     Raises:
         ValueError: the suffix is none of these, or the folder has other files.
@@ -111,7 +111,7 @@ def _write_webdataset(captions: LatestCaptions, folder: Path, fetcher: Fetcher) 
 def _readable(
     captions: LatestCaptions, fetcher: Fetcher, failures: list[Failure]
 ) -> Iterator[tuple[list[Caption], Path]]:
-    """Yield the captions of each video with a local file of it; add a failure for a video that is not as it was."""
+    """Yield the captions of each video with a local file of it; add a failure for a video that has changed."""
     groups: dict[int, list[Caption]] = {}
 
     def videos() -> Iterator[tuple[int, VideoFile]]:
@@ -155,7 +155,7 @@ class _ShardWriter:
             self._archive.addfile(info, file)
 
     def end_sample(self) -> None:
-        """Begin another archive if this one is large enough."""
+        """Start another archive if this one is large enough."""
         if self._archive.offset >= SHARD_BYTES:
             self._archive.close()
             self._number += 1

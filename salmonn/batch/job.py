@@ -48,7 +48,7 @@ class JobConfig:
         segments: see `Captioner.caption_batches`.
         batch_size: clips per batch; None: the model's default.
         shape: shape of the captions; None for the answers as they are.
-        context: where the speech of a video is found that is added to its prompts; None adds none.
+        context: source of the speech that is added to a video's prompts; None: no speech is added.
     """
 
     request: CaptionRequest

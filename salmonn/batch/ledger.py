@@ -211,7 +211,7 @@ class Ledger:
         self._num_lines += len(captions)
 
     def write_job(self) -> None:
-        """Write the settings, not before there is a caption: a mistake in them leaves no file behind.
+        """Write the settings; called once there is a caption, so that a mistake in them leaves no file behind.
 
         Raises:
             LedgerError: earlier captions were made with others, or the disk does not take the file.
@@ -350,7 +350,7 @@ def version_key(one: VideoFile | Failure, start_seconds: float | None = None) ->
 
 
 def _is_collection(failure: Failure) -> bool:
-    """Return whether a failure may be about a folder or container: what is there shows when it is listed."""
+    """Return whether a failure may be about a folder or container, whose contents are found out by listing it."""
     name = failure.video
     is_unknown = is_url(name) and (failure.size_bytes, failure.modified_ns, failure.etag) == (None, None, None)
     return is_unknown or is_container(name) or os.path.isdir(name)  # noqa: PTH112 - as in `walk_paths`

@@ -1,8 +1,8 @@
 """The files of a captioning run: their names, appending to them, and reading what a killed run left behind.
 
 All captions of a video are appended together once its last segment is done: they are a *group*. Each line says which
-segment it is about (`segment` of `num_segments`) and how many segments failed, so a group that is not complete is
-recognized from the lines themselves, whatever an editor does to the white space around them.
+segment it is about (`segment` of `num_segments`) and how many segments failed, so an incomplete group is recognized
+from the lines themselves, regardless of the white space around them.
 """
 
 import dataclasses
@@ -377,7 +377,7 @@ def repair_last_line(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep others from appending to a captions file, which is created if it does not exist; for short times only.
+    """Keep others from appending to a captions file for a short time; it is created if it does not exist.
 
     A run holds `LedgerFiles.lock` until it ends. This lock is held for each append, so that people can edit captions
     while a run is writing. Where the file system has no locks, there is no protection.

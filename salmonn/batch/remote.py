@@ -196,7 +196,7 @@ def explain(url: str, error: BaseException) -> str:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """Return the error that a store reported: fsspec's web files do not exist, whatever went wrong."""
+    """Return the error that a store reported: for web files, fsspec reports every error as a missing file."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
         return error if getattr(cause, "status", None) in (404, 410) else cause or error
@@ -204,7 +204,7 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def attempt(url: str, call: Callable[[], T]) -> T:
-    """Call a function that asks a store, up to three times where the error may pass; raises RemoteError."""
+    """Call a function that asks a store, up to three times if the error may be temporary; raises RemoteError."""
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential  # noqa: PLC0415 - as fsspec
 
     def may_pass(error: BaseException) -> bool:
@@ -305,7 +305,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
-    """Read what a store reports of a file, each in its own words."""
+    """Convert what a store reports about a file; stores use different names."""
     if info.get("type") == "directory":
         return RemoteFile(url, is_folder=True)
     lfs = info.get("lfs") or {}

@@ -161,7 +161,7 @@ class RemoteOutput(AbstractContextManager["RemoteOutput"]):
             snapshot.unlink(missing_ok=True)
 
     def _is_ours(self, name: str) -> bool:
-        """Return whether this process writes a file: those of other shards are theirs."""
+        """Return whether this process writes a file, rather than another shard."""
         parts = name.split("/")
         if any(part.startswith(".") for part in parts) or parts[-1].endswith((".tmp", ".subtitles.jsonl")):
             return False

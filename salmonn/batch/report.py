@@ -57,7 +57,7 @@ def make_thumbnails(
     limit: int,
     progress: Callable[[], object] = lambda: None,
 ) -> Thumbnails:
-    """Make a thumbnail of each clip; a file that cannot be read costs only its own.
+    """Make a thumbnail of each clip; a file that cannot be read affects only its own.
 
     Args:
         rows: captions and failures.
@@ -149,7 +149,7 @@ def write_report(
 
 
 def _to_values(row: ReviewRow, image: int | str, link: str) -> Mapping[str, Any]:
-    """Return a row as the page's script reads it; what is empty is left out."""
+    """Return a row as the page's script reads it, without empty values."""
     one = row.record
     sample = one.sample if isinstance(one, Caption) else 0
     values = {
@@ -169,5 +169,5 @@ def _to_values(row: ReviewRow, image: int | str, link: str) -> Mapping[str, Any]
 
 
 def _to_json(values: Any) -> Markup:
-    """Return JSON that can stand in a script element, which "</script>" or "<!--" would end or change."""
+    """Return JSON for a script element, which "</script>" or "<!--" would end or change."""
     return Markup(json.dumps(values, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))

@@ -39,7 +39,7 @@ _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 class ReviewRow:
     """A caption, or a part of a video that could not be captioned.
 
-    What takes time is measured when it is first needed: a page shows a few rows of many.
+    Slow measurements are made when they are first needed: a page shows few of many rows.
 
     Args:
         record: the caption or the failure.
@@ -66,11 +66,11 @@ class ReviewRow:
 
     @property
     def issues(self) -> tuple[Issue, ...]:
-        """What may be wrong with it."""
+        """Possible issues of the row."""
         return tuple(issue for issue in ISSUES if self.has_issue(issue))
 
     def has_issue(self, issue: Issue) -> bool:
-        """Return whether this may be wrong with it."""
+        """Return whether the row may have an issue."""
         if not isinstance(self.record, Caption):
             return issue == "failed"
         is_empty = not self.record.text.strip()
@@ -86,7 +86,7 @@ class ReviewRow:
 
 
 def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
-    """Read the latest captions of a run, and the failures that no later caption has settled.
+    """Read the latest captions of a run, and the failures that no later caption has resolved.
 
     Args:
         paths: captions files of one or more runs; other files of a run among them are skipped.

@@ -3,7 +3,7 @@
 `film.mp4` gets `film.srt`. If two files of a folder share a stem, the first by name (video before audio) gets that, and
 each other one keeps its suffix: `film.mov.srt`. Captions of several named prompts go to a file each: `film.short.srt`.
 An existing file is overwritten only as long as it is exactly as this tool wrote it: a user's own subtitles, or a file
-that somebody corrected, stay as they are and are reported as failures.
+that a person has corrected, stay as they are and are reported as failures.
 """
 
 import errno
@@ -209,7 +209,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
             raise ClipError(f"{video}: {error}") from error
 
     def _write(self, path: Path, text: str, caption: Caption) -> None:
-        """Write one file; raises OSError, and ClipError if there is a file that is not ours, or the video is remote."""
+        """Write one file; raises OSError, and ClipError if a user's file has that name or the video is remote."""
         if self._folder is None and (is_url(caption.video) or split_member(caption.video)):
             raise ClipError(f"{caption.video}: subtitles are not written next to this video; choose a --subtitle-dir")
         remedy = "--subtitle-dir to choose another folder"
@@ -277,7 +277,7 @@ def format_text(captions: Sequence[Caption], name: SubtitleFormat, *, seconds_of
 
 
 def _event_cues(caption: Caption) -> list[Caption]:
-    """Return a caption for each event and spoken line of a caption in the form of events; another one as it is."""
+    """Return a caption for each event and spoken line of a caption in the form of events; any other one unchanged."""
     if caption.structure is None or not (events := caption.structure.all_events()):
         return [caption]
     return [

@@ -1,4 +1,4 @@
-"""Thumbnails of clips: a frame of each as a small JPEG, read by worker processes with limits of time and memory."""
+"""Thumbnails of clips: a frame of each as a small JPEG, read by worker processes with time and memory limits."""
 
 import base64
 import io
@@ -55,7 +55,7 @@ def submit_thumbnail(
     """Start making the thumbnail of a clip.
 
     Args:
-        reader: worker processes, whose limits hold.
+        reader: worker processes with limits.
         path: video file.
         start_seconds, end_seconds: the part that the caption describes; None for an open end.
 

@@ -1,4 +1,4 @@
-"""The loop of `salmonn transcribe`: audio is read ahead by worker processes, and a broken file costs only itself."""
+"""The loop of `salmonn transcribe`: audio is read ahead by worker processes, and a broken file affects only itself."""
 
 from collections.abc import Generator, Iterable, Iterator
 

@@ -82,7 +82,7 @@ class SpeechContext:
 
 
 class TranscriptFiles:
-    """Transcripts in JSONL files, found by the path of their video and read when they are asked for.
+    """Transcripts in JSONL files, found by the path of their video and read on demand.
 
     Args:
         paths: files of `salmonn transcribe`; of several transcripts of a video, the last one counts.
@@ -134,7 +134,7 @@ def read_speech_beside(video: str, *, captions: HashSet | None = None) -> tuple[
 
     Args:
         video: path of the video.
-        captions: files to pass over, by `subtitle_key`.
+        captions: files to skip, by `subtitle_key`.
 
     Raises:
         ValueError: a file is too large to be subtitles, or there are only captions.

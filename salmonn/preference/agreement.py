@@ -18,11 +18,11 @@ class Agreement:
 
     Args:
         num_comparisons, num_clips: size of the held-out set.
-        accuracy, low, high: share ordered alike, with its 95 % Wilson interval of as many independent comparisons as
-            have the variance over clips: those of one clip share captions.
-        blind: the same of a reward model that was trained and asked with the features of other clips; None if there
-            is none. What is above it comes from looking.
-        longest: the same of preferring the caption with more words; ties count one half.
+        accuracy, low, high: share ordered alike, with its 95 % Wilson interval for the number of independent
+            comparisons that would have the variance over clips: comparisons of one clip share captions.
+        blind: the same of a reward model that was trained and evaluated with the features of other clips; None if there
+            is none. Any accuracy above it comes from the clip.
+        longest: the same for preferring the caption with more words; ties count one half.
     """
 
     num_comparisons: int

@@ -4,9 +4,9 @@
     outcomes = rate_items(items, JudgeReward(RuleJudge(), repetition_weight=1.0))
     result = summarize(items, outcomes, name="rule")
 
-A reward rates each answer separately, or compares two of them, in both orders (`pairwise.py`). Its accuracy stands
-next to three controls that see no clip: preferring the longer answer, the shorter one, and the reward itself with the
-features of another clip ("blind"). `docs/reward_benchmark.md` describes the data, the counting and results.
+A reward rates each answer separately, or compares two of them, in both orders (`pairwise.py`). Its accuracy is reported
+with three controls that do not see the clip: preferring the longer answer, the shorter one, and the reward itself with
+the features of another clip ("blind"). `docs/reward_benchmark.md` describes the data, the counting and results.
 """
 
 import math
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def is_void(self) -> bool:
-        """Whether the blind reward is as accurate, so that the accuracy owes nothing to the clip."""
+        """Whether the blind reward is as accurate, so that the accuracy does not depend on the clip."""
         return self.blind is not None and self.blind >= self.accuracy
 
 
@@ -196,7 +196,7 @@ def _to_outcome(item: BenchmarkItem, results: Sequence[Rating | Unscored], reaso
 def choose_other_clips(items: Sequence[BenchmarkItem]) -> list[BenchmarkItem]:
     """Return for each item another one of its subset, with another clip; its clip is shown to the blind reward.
 
-    Where an item withholds the sound or the picture, the other clip is shown with both: what has to be noticed there is
+    Where an item withholds the sound or the picture, the other clip is shown with both, since the point of the item is
     that something is missing.
 
     Raises:

@@ -63,8 +63,8 @@ def pool_clauses(tokens: Tensor, text: str, processor: Processor, *, width: int)
     """Return the state (C, P) of each clause of an answer.
 
     It is 1; mean and last of the layers; maximum of the output; then sum and minimum of the log-probabilities, and mean
-    and maximum of the entropies. A token is of the first clause that ends after the token's start, and the end of the
-    answer is of none.
+    and maximum of the entropies. A token belongs to the first clause that ends after the token's start; the end of the
+    answer belongs to none.
 
     Args:
         tokens: (L, U * D + 2) output of the upper layers and of the decoder at each token, log-probability and entropy.

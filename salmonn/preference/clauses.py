@@ -40,9 +40,9 @@ def mark_clauses(
 
 
 def _find_marks(video: str, text: str, score_of: Mapping[tuple[str, str], Score]) -> tuple[Mark, ...]:
-    """Mark what mentions an event correctly as right, and what is incorrect, hallucinated or repeated as wrong.
+    """Mark correct mentions of events as right, and incorrect, hallucinated or repeated content as wrong.
 
-    Of the same place the first quote counts: a clause that mentions two events is right if the first mention is.
+    If quotes share a place, the first one counts: a clause that mentions two events is right if the first mention is.
     """
     score = score_of.get((video, text))
     marks: dict[tuple[int, int], Mark] = {}

@@ -66,7 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Feedback:
-    """One thing that a person did with a caption, or with two.
+    """One action of a person on a caption, or on two.
 
     Args:
         date: UTC, in ISO format.
@@ -176,9 +176,9 @@ class FeedbackStore:
             return read_feedback(self.folder) if holds_feedback(self.folder) else []
 
     def forget(self, rater: str) -> int:
-        """Delete everything of a rater, with videos that no other feedback uses and parts of lines that may be theirs.
+        """Delete all data of a rater, with videos that no other feedback uses and parts of lines that may be theirs.
 
-        Feedback goes last, so that the same call completes what a killed one began.
+        Feedback is deleted last, so that the same call completes an interrupted one.
 
         Returns:
             Number of records deleted.
@@ -224,7 +224,7 @@ class FeedbackStore:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Undo writes after an OSError: a full disk writes half a line, which the next line would continue."""
+        """Undo writes after an OSError: on a full disk, half a line is written, which the next line would continue."""
         self._repair()
         path, videos = self.folder / FEEDBACK_NAME, self.folder / "videos"
         size = path.stat().st_size if path.exists() else None

@@ -16,11 +16,12 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
 
     - A vote prefers one of two captions. The ground truth is the person's text.
     - An edit prefers the text to the draft, and is the ground truth.
-    - A caption with what it lacks appended, and without the clauses marked as wrong, is preferred to the caption. Marks
-      alone make no such pair: a captioner that only learns what to leave out falls silent.
+    - Where a person wrote what a caption lacks, the caption with that text appended and its wrong clauses removed is
+      preferred to the original. Marks alone make no such pair: a captioner that only learns what to leave out falls
+      silent.
     - Ratings: the good captions of a clip are preferred to the bad ones, each used at least once. An accepted draft is
-      good, and both captions of a vote for neither ("both bad") are bad. Of several ratings by one person the last
-      counts; captions that as many people find good as bad are left out.
+      good, and both captions of a vote for neither ("both bad") are bad. Of several ratings by one person, the last one
+      counts; captions that equally many people find good and bad are left out.
 
     The last text that a person wrote about a clip, else its reference caption, is the ground truth of its other
     comparisons. A person's later rating of a caption replaces the marks and what is missing of the one before; of the
@@ -57,7 +58,7 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
 
 
 def last_ratings(feedback: Sequence[Feedback]) -> list[Feedback]:
-    """Return each person's last good or bad rating of each caption, in order; people without an id are different ones.
+    """Return each person's last good or bad rating of each caption, in order; no id means a different person each time.
 
     Captions of a clip count as one if they differ in white space only.
     """
@@ -88,7 +89,7 @@ def _own_comparisons(one: Feedback) -> list[Comparison]:
 
 
 def _correct(one: Feedback) -> Comparison:
-    """Prefer the caption with what it lacks, and without its wrong clauses."""
+    """Prefer the caption with the missing text, and without its wrong clauses."""
     wrong = [(mark.start, mark.end) for mark in one.marks if not mark.is_right]
     corrected = f"{remove_clauses(one.first.text, wrong)} {one.missing}".strip()
     return _compare(one, corrected, one.first.text, source="missing")

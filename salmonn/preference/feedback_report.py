@@ -65,8 +65,9 @@ class ModelUse:
     Args:
         name: name of the model, with its temperature if it was sampled; `NO_DRAFT` for texts without a draft.
         copied: copies among the captions shown; without those of earlier versions, which did not count captions shown.
-        rated_good: good ratings among all, of each person and caption the last.
-        accepted, edited: drafts that were taken as they are, or edited, among the drafts shown; the others were left.
+        rated_good: good ratings among all; for each person and caption, the last rating counts.
+        accepted, edited: drafts that were accepted unchanged, or edited, among the drafts shown; the others were
+            abandoned.
         num_texts: number of texts written, with this draft or without one.
         persistence: mean share of a draft's clauses that are in the final text; None without drafts.
         seconds: median time until a text was done; None without texts.
@@ -240,7 +241,7 @@ def summarize_raters(votes: Sequence[Feedback]) -> RatersSummary:
     """Count votes by rater, and compare the preferences of each two raters for the same two captions of a clip.
 
     Of several votes of a rater on the same captions, the last counts. Votes without an id, and on equal captions, are
-    compared with none.
+    not compared.
     """
     # Two captions of a clip -> rater -> preferred text.
     preferences: dict[tuple[object, ...], dict[str, str]] = {}

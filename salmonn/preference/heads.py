@@ -65,7 +65,7 @@ class GatingNetwork(nn.Module):
 
 
 class ObjectiveHead(nn.Module):
-    """Named objectives, and which of them count: reward = sum of weight * objective (arXiv 2406.12845).
+    """Named objectives and their weights: reward = sum of weight * objective (arXiv 2406.12845).
 
     Names of weights are those of ArmoRM. Unlike its training code, the weights are normalized over the objectives, the
     corrected objectives are used in training too, and the regression has an intercept.
@@ -155,7 +155,7 @@ def fit_temperature(margins: Tensor) -> float:
     """Return the temperature T for which sigmoid(margin / T) is the most likely.
 
     T is 0.05 to 20 times the root mean square of the margins, so that it does not depend on their unit; 1 if all are 0.
-    A linear head that fits its training pairs well is too sure of others: its margins must be divided by T > 1.
+    A linear head that fits its training pairs well is overconfident on others: its margins must be divided by T > 1.
 
     Args:
         margins: (N,) rewards of better answers minus those of worse ones, on clips that the head was not fitted to.

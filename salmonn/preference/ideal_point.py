@@ -1,4 +1,4 @@
-"""Rewards for people who want different things: each rater is a mixture of K prototypes of preference.
+"""Rewards for people with different preferences: each rater is a mixture of K prototypes of preference.
 
 PAL (Chen et al., arXiv 2406.08469): a rater i has weights w_i in the simplex over K prototypes, and chooses between two
 captions by Bradley and Terry's model, with one of three rewards of a caption with the state x:
@@ -203,7 +203,7 @@ def fit_raters(
     answer: Tensor, prompt: Tensor, votes: Votes, *, num_raters: int, num_prototypes: int, config: IdealPointConfig,
     seed: int = 0,
 ) -> RaterModel:  # fmt: skip
-    """Fit prototypes and the weights of raters to votes; every rater counts the same, whatever the number of votes.
+    """Fit prototypes and the weights of raters to votes; every rater counts the same, with few votes or many.
 
     Args:
         answer, prompt: (R, P) and (R, D) states of captions and of their prompts.
@@ -303,8 +303,9 @@ def choose_num_prototypes(
     """Choose K by cross-validation: the smallest whose accuracy is within one standard error of the best one's.
 
     A fold holds out all votes on some clips, so that no vote on the same captions is trained on; the raters are known
-    from their votes on other clips. It is accuracy that counts and not likelihood, which also depends on the scale of
-    the rewards, and that grows with K. The squared errors over raters and over clips are added, which is conservative.
+    from their votes on other clips. Accuracy is compared instead of likelihood, which also depends on the scale of the
+    rewards, and that scale grows with K. The squared errors over raters and over clips are added, which is
+    conservative.
 
     Returns:
         K, and the accuracies of all candidates.

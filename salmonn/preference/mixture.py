@@ -1,4 +1,4 @@
-"""The ideal-point reward model on disk: its head for one mixture of prototypes, and what is known of its raters.
+"""The ideal-point reward model on disk: its head for one mixture of prototypes, and the fitted raters.
 
 A folder of this kind also holds raters.jsonl, a `Rater` for each person who voted. Its head rates for the mean rater
 until other weights are chosen: those of a rater, of a prototype alone, or of a new rater.

@@ -1,11 +1,11 @@
-"""Named objectives of captions in [0, 1], from a judge's score: what a reward is made of, in words. Imports no torch.
+"""Named objectives of captions in [0, 1], from a judge's score, which explain a reward. Imports no torch.
 
     seen, heard   share of the visual events, and of the audible ones, that the caption mentions correctly
     correct       1 - incorrect mentions / mentions
     faithful      1 - hallucinations / claims
     ordered       share of pairs of mentions, within picture or sound, that follow each other in the order of time
     unrepeated    1 - share of words in repeated clauses
-    length        words, up to 60 of them: not a virtue, but what the others are corrected for
+    length        words, up to 60 of them: not a goal; the others are corrected for it
 
     dialogue      dialogue accuracy (docs/metrics.md): only in floors and the judge's reward, not in reward models
 

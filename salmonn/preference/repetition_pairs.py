@@ -1,9 +1,9 @@
-"""Preference pairs of the start of a caption with a repeated clause, and the same with a missing event in its place.
+"""Preference pairs of a caption's start followed by a repeated clause (rejected), or by a missing event (chosen).
 
-A captioner that knows that something happens, but not what, mentions an earlier event again; Total does not count that.
-In a pair of two sampled captions the repeated clause is a small part of the difference. Here both texts are the same up
-to that clause and end with it, so that nothing else is learned: neither to stop nor to be brief. Correcting the first
-wrong step after the same prefix is Step-DPO (arXiv 2406.18629). Imports no torch.
+A captioner that knows that something happens, but not what, mentions an earlier event again, which Total does not
+count. In a pair of two sampled captions the repeated clause is a small part of the difference. Here both texts are the
+same up to that clause and end after it, so that nothing else is learned: neither to stop nor to be brief. Correcting
+the first wrong step after the same prefix is Step-DPO (arXiv 2406.18629). Imports no torch.
 """
 
 import math
@@ -26,17 +26,16 @@ def select_repetition_pairs(
     max_pairs: int,
     source: str,
 ) -> list[Comparison]:
-    """Return pairs of a repeated clause, which is rejected, and a missing event, after the same start of a caption.
+    """Return pairs of a missing event (chosen) and a repeated clause (rejected) after the same start of a caption.
 
-    A clip gives at most one pair, of its caption with the most repetition that can be corrected; of more than
-    `max_pairs` clips, ones at equal distances in the list are used. The margin of the pairs is 0: Total does not count
-    repeated clauses.
+    A clip gives at most one pair, of its caption with the most repetition that can be corrected; if there are more than
+    `max_pairs` clips, evenly spaced ones are used. The margin of the pairs is 0: Total does not count repeated clauses.
 
     Args:
         captions: sampled captions, several of each clip.
         ratings: ratings of these captions by a judge, whose scores say what is repeated; others are left out.
         references: video -> reference annotation, whose events replace repeated clauses.
-        max_pairs: number of pairs at most.
+        max_pairs: maximum number of pairs.
         source: name of the reward, for the records.
     """
     rating_of = {(rating.video, rating.sample): rating for rating in ratings if rating.score}
@@ -71,8 +70,8 @@ def replace_repetition(rated: RatedCaption, events: Sequence[Event]) -> Pair | N
     """Return the start of a caption with a missing event instead of its first repeated clause, and with that clause.
 
     The event must not precede the event that is mentioned before the clause, nor follow the one that is mentioned after
-    it. Of several, it is the one whose text has most words in common with the clause: probably what was confused with
-    it. Both texts count as cut off: the caption continues after them.
+    it. If there are several, the one whose text has most words in common with the clause is used: probably it was
+    confused with it. Both texts count as cut off: the caption continues after them.
 
     Args:
         rated: caption with a judge's score.

@@ -61,7 +61,7 @@ class RewardInfo:
         modalities: what of the clips the compared captions were about.
         mean, std: of the rewards of the training clips' captions, by which rewards are standardized.
         temperature: P(a over b) = sigmoid((r(a) - r(b)) / temperature), of rewards before standardization.
-        source: what the comparisons are from.
+        source: source of the comparisons.
         num_comparisons, num_clips: size of the training set.
         agreement: measured on held-out clips.
         gate_widths: widths of the network that weighs the objectives; empty for other kinds.
@@ -209,7 +209,7 @@ class RewardModel:
         return values
 
     def _values(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> Tensor:
-        """Return what the head gives for each row, (B,) float64 on the CPU."""
+        """Return the head's output for each row, (B,) float64 on the CPU."""
         values: Tensor = self.head(self._states(rows, clips))
         return values
 
@@ -320,7 +320,7 @@ def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
 
 
 def hash_reward_model(folder: Path) -> str:
-    """Hash the files of a reward model, by which it is recognised wherever it is.
+    """Hash the files of a reward model, by which it is recognized in any place.
 
     Raises:
         ValueError: the folder holds no complete reward model.
@@ -377,7 +377,7 @@ def head_width(captioner: Captioner, pooling: Pooling) -> int:
 
 
 def answer_rows(group: AnswerGroup, *, clip: int = 0, prompt: str | None = None) -> list[PromptRow]:
-    """Return a row for each answer of a group; an empty one that was cut off counts as finished, for it needs a token.
+    """Return a row for each answer of a group; an empty one that was cut off counts as finished: it needs a token.
 
     Args:
         group: answers.

@@ -1,4 +1,4 @@
-"""Rows of preferences in the formats of others: RewardBench, RewardBench 2 and RAG-RewardBench, and TRL's both ways.
+"""Rows of preferences in published formats: RewardBench, RewardBench 2, RAG-RewardBench, and TRL's two.
 
     {"prompt": text, "chosen": text, "rejected": text}     TRL, RewardBench; each may be a list of messages, and the
                                                            prompt the messages before both answers
@@ -90,7 +90,7 @@ def parse_row(value: Any) -> PreferenceRow:
 
 
 def _shared_messages(chosen: Any, rejected: Any) -> list[Any] | None:
-    """Return the messages before both answers, which TRL takes for the prompt; None if these differ."""
+    """Return the messages before both answers, which TRL treats as the prompt; None if these differ."""
     before, other = (one[:-1] if isinstance(one, list) else [] for one in (chosen, rejected))
     return before if before and before == other and all(isinstance(one, dict) for one in before) else None
 

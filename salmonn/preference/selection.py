@@ -74,15 +74,15 @@ class SelectionConfig:
         kind: "best_worst" pairs the best caption of a clip with the worst, the second best with the second worst, and
             so on.
         min_gap: smallest difference between chosen and rejected in the main part of the rating; Total for a judge.
-        max_pairs_per_video: number of pairs of a clip at most; each caption is used once.
-        max_length_ratio: largest ratio of their lengths in words, either way; none for no limit. It and `floors` are
-            refused together with pairs of the last three settings, which they do not bound.
+        max_pairs_per_video: maximum number of pairs of a clip; each caption is used once.
+        max_length_ratio: largest ratio of their lengths in words, in either direction; none for no limit. It and
+            `floors` cannot be combined with the pairs of the last three settings, which they do not bound.
         floors: objective -> smallest value that the chosen caption must have, such as {"faithful": 0.8}; see
             `salmonn.preference.objectives`. A judge's scores have objectives, and reward models of that kind.
         min_spreads: smallest difference in multiples of the larger spread of the two ratings, where a reward model with
             an ensemble gave them; none for any.
-        repetition_fraction: largest fraction of a round's pairs that are added to these to teach not to repeat: the
-            start of a caption with a missing event is chosen over the same with a repeated clause in its place.
+        repetition_fraction: largest fraction of a round's pairs that are added to discourage repetition: the start of a
+            caption followed by a missing event is chosen over the same start followed by a repeated clause.
         repeat_negatives: share of the clips that get one more pair: the continuation of the best caption over a
             repetition of one of its clauses (`salmonn.preference.repeat_negatives`).
         inserted_clause: rejected clause of these pairs: the caption's "own", or as a control one of "other" clips.

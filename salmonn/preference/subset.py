@@ -2,7 +2,7 @@
 
 Few clear pairs train better than all pairs (FiFA, arXiv 2410.10166). FiFA adds a margin, a quality and a term for the
 diversity of prompts, and keeps the pairs with the largest sums. All pairs of a clip have the same prompt here, so
-diversity is measured between clips, and against the pairs that are kept already: the pairs are chosen one by one.
+diversity is measured between clips, and relative to the pairs already kept: the pairs are chosen one by one.
 """
 
 import math
@@ -23,9 +23,9 @@ class SubsetConfig:
     """Subset of the preference pairs that is trained on.
 
     Args:
-        keep: pairs to keep: a fraction if below 1, a number from 1 on; none to keep all.
+        keep: pairs to keep: a fraction if below 1, else a number; none to keep all.
         quality_weight: weight of the quality of the chosen caption, where a judge scored it.
-        diversity_weight: weight of the distance to the clips of the pairs that are kept already.
+        diversity_weight: weight of the distance to the clips of the pairs already kept.
     """
 
     keep: float | None = None
@@ -130,7 +130,7 @@ def _z_scores(values: Sequence[float]) -> np.ndarray:
 
 
 def _word_vectors(texts: Sequence[str]) -> sparse.csr_array:
-    """Return tf-idf vectors of length 1, (number of texts, number of words); a word in all texts weighs nothing."""
+    """Return tf-idf vectors of length 1, (number of texts, number of words); a word in all texts has weight 0."""
     words = [text.lower().split() for text in texts]
     columns = {word: column for column, word in enumerate(sorted({word for text in words for word in text}))}
     rows = [row for row, text in enumerate(words) for _ in text]

@@ -1,7 +1,8 @@
-"""A reward that is no score: how often a voter prefers a caption to others of its clip. Imports no torch.
+"""A reward without an absolute score: how often a voter prefers a caption to others of its clip. Imports no torch.
 
 Preferences may be cyclic, so that no score explains them; then there is no best caption, but a mixture of captions that
-no other beats on average. `exploitability` says how far a policy is from it, as far as the voter looks at phrases.
+no other beats on average. `exploitability` measures how far a policy is from it, considering only the voter's
+preferences among phrases.
 """
 
 from collections import Counter
@@ -32,7 +33,7 @@ class Exploitability:
 
 
 class VoterReward(Reward):
-    """Rates a caption by its win rate among the samples of its clip; judges them first, as voters look at scores."""
+    """Rates a caption by its win rate among the samples of its clip, which are judged first: voters look at scores."""
 
     def __init__(self, judge: Judge, voter: Rater) -> None:
         self.judge = judge
@@ -83,7 +84,7 @@ def find_exploitability(
 ) -> Exploitability | None:
     """Compare a policy's captions with the same captions with all sounds in one form; None if none has a sound.
 
-    The form is the same for all clips: the best one of each clip would exploit chance, too.
+    The form is the same for all clips: the best one of each clip would also exploit chance.
     """
     traits = [
         caption_traits(caption, result, references[caption.video])
