@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -144,15 +144,6 @@ class Engine:
         self._scheduler = Scheduler[_Sequence](captioner.streaming_generator, limits=captioner.limits(batch_size))
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
-
-    @property
-    def batch_size(self) -> int:
-        """Maximum number of sequences in the batch."""
-        return self._scheduler.limits.num_rows
-
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        self._scheduler.limits = replace(self._scheduler.limits, num_rows=size)
 
     @property
     def num_prefills(self) -> int:

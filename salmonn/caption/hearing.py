@@ -58,17 +58,6 @@ def probe_hearing(
     return Hearing(_is_heard(captions), tuple(caption.text for caption in captions))
 
 
-def require_hearing(generator: Generator, *, remedy: str, prompt: str | None = PROBE_PROMPT) -> Hearing:
-    """Run the probe, and raise a ValueError with the remedy if the generator is deaf."""
-    hearing = probe_hearing(generator, prompt=prompt)
-    if hearing.heard is False:
-        raise ValueError(
-            f"{generator.name} does not hear: two clips that differ in sound alone get the same answer "
-            f"({hearing.answers[0][:80]!r}); {remedy}"
-        )
-    return hearing
-
-
 def write_probe_clips(folder: Path) -> tuple[Path, Path]:
     """Write two clips with the same frames, one with beeps and one with noise, and return their paths."""
     config = SynthConfig(size_pixels=_SIDE, fps=5)

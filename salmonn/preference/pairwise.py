@@ -108,12 +108,10 @@ def compare_items(
             continue
         verdicts = [(float(first), float(second)) for first, second in pairs]
         orders += verdicts
-        outcomes.append(Outcome((0.0,), tuple(_sign(second - first) for first, second in verdicts)))
+        outcomes.append(
+            Outcome((0.0,), tuple(float((second > first) - (second < first)) for first, second in verdicts))
+        )
     return PairwiseResults(outcomes, orders)
-
-
-def _sign(value: float) -> float:
-    return float((value > 0) - (value < 0))
 
 
 def _ask(comparison: _Comparison, client: LLMClient, attempts: int) -> float | str:

@@ -221,7 +221,7 @@ class ZeroStrategy:
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
         # Created at step one, Adam's state would be linked to the weights of the first group only.
-        zero = self._zero
+        zero = self.model.optimizer
         # Flat partitions of the weights that this process updates.
         for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
@@ -239,12 +239,14 @@ class ZeroStrategy:
 
     def clip(self) -> float:
         # DeepSpeed itself clips in `step`.
-        groups = self._zero._get_norm_groups() if self.stage == 3 else [self._zero.scaled_global_norm()]
+        groups = (
+            self.model.optimizer._get_norm_groups() if self.stage == 3 else [self.model.optimizer.scaled_global_norm()]
+        )
         # DeepSpeed reports -1 for a norm that is not finite.
         return math.hypot(*(float(group) if group >= 0 else math.nan for group in groups))
 
     def step(self, learning_rate: float) -> None:
-        _set_learning_rate(self._zero, learning_rate)
+        _set_learning_rate(self.model.optimizer, learning_rate)
         self.model.step()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -277,7 +279,7 @@ class ZeroStrategy:
         """
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: PLC0415
 
-        zero, network = self._zero, self.model.module
+        zero, network = self.model.optimizer, self.model.module
         self.model.destroy()
         FWD_MODULE_STACK.clear()
         vars(zero).clear()
@@ -286,12 +288,8 @@ class ZeroStrategy:
             parameter.ds_tensor = None
 
     @property
-    def _zero(self) -> Any:
-        return self.model.optimizer
-
-    @property
     def _adam(self) -> torch.optim.Optimizer:
-        adam = self._zero.optimizer
+        adam = self.model.optimizer.optimizer
         assert isinstance(adam, torch.optim.Optimizer)
         return adam
 

@@ -34,6 +34,7 @@ from salmonn.webui.controls import (
 )
 from salmonn.webui.feedback_panel import FeedbackPanel, ShownCaption, count, show_caption
 from salmonn.webui.rendering import (
+    plural,
     render_analysis,
     render_caption,
     render_downloads,
@@ -180,7 +181,7 @@ class CaptionTab:
         if active.is_cancelled:
             return []
         caption = to_caption(caption_request, answer or Completion(text.strip(), finished=False), model)
-        status = [_count(len(caption.text.split()), "word"), escape(model), *([] if answer else ["stopped"])]
+        status = [plural(len(caption.text.split()), "word"), escape(model), *([] if answer else ["stopped"])]
         yield {
             self.answer: render_caption(caption.text, finished=caption.finished or answer is None)
             + render_file_notice(caption),
@@ -205,7 +206,7 @@ class CaptionTab:
                     listed.add(*event)
                 if event is None or seconds - updated > SEGMENT_UPDATE_SECONDS:
                     updated = seconds
-                    progress = f"{listed.num_done} of {_count(len(jobs), 'segment')}, {seconds:.0f} s"
+                    progress = f"{listed.num_done} of {plural(len(jobs), 'segment')}, {seconds:.0f} s"
                     yield {
                         self.answer: render_segments(listed.segments, path=caption_request.path),
                         self.status: _busy(f"{WRITING if listed.segments else READING}, {progress}"),
@@ -216,7 +217,7 @@ class CaptionTab:
         captions = listed.captions()
         joined = join_captions(captions) if captions else None
         num_words = len(joined.text.split()) if joined else 0
-        status = [_count(num_words, "word"), _count(len(captions), "segment"), escape(model)]
+        status = [plural(num_words, "word"), plural(len(captions), "segment"), escape(model)]
         status += ["stopped"] * active.is_stopped + [f"{time.monotonic() - begin:.1f} s"]
         is_cut = joined is not None and not joined.finished and not active.is_stopped
         yield {
@@ -308,7 +309,3 @@ class CaptionTab:
 
 def _busy(text: str) -> str:
     return f'<span class="busy">{text}</span>'
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

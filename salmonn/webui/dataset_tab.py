@@ -20,7 +20,7 @@ from salmonn.templates import load_template
 from salmonn.webui.controls import GENERATE, check_text
 from salmonn.webui.dataset import FILTERS, Dataset, DatasetRow, Replacement
 from salmonn.webui.feedback_panel import check_rater
-from salmonn.webui.rendering import render_error, render_placeholder
+from salmonn.webui.rendering import plural, render_error, render_placeholder
 from salmonn.webui.session import error_message
 
 PAGE_SIZE = 24
@@ -229,7 +229,7 @@ class DatasetTab:
             }
         videos = {one.number: one.row.record.video for one in rows}
         sentence = (
-            f"{_count(num_places, 'place')} in {_count(len(edits), 'caption')}, of {_count(len(rows), 'row')} shown"
+            f"{plural(num_places, 'place')} in {plural(len(edits), 'caption')}, of {plural(len(rows), 'row')} shown"
         )
         changes = [(videos[edit.row], _difference(edit.before, edit.text)) for edit in edits[:PREVIEWED]]
         return {
@@ -244,13 +244,13 @@ class DatasetTab:
         message = render_error("press Preview first") if not edits else ""
         try:
             if empty := [edit for edit in edits if not edit.text.strip()]:
-                raise ValueError(f"this would leave {_count(len(empty), 'caption')} without text")
+                raise ValueError(f"this would leave {plural(len(empty), 'caption')} without text")
             if edits:
                 keep, rater = bool(values[self.keep]), check_rater(values[self.rater])
                 made, conflicts = self.dataset.edit(edits, rater=rater, keep_videos=keep)
                 message = _say(
-                    f"{_count(made, 'caption')} changed."
-                    + (f" {_count(len(conflicts), 'caption')} skipped: changed by somebody else." if conflicts else "")
+                    f"{plural(made, 'caption')} changed."
+                    + (f" {plural(len(conflicts), 'caption')} skipped: changed by somebody else." if conflicts else "")
                 )
         except ValueError as error:
             message = render_error(str(error))
@@ -269,8 +269,8 @@ class DatasetTab:
             number, failures = self.dataset.write_subtitles(names)
         except (ValueError, OSError) as error:
             return render_error(error_message(error, self.dataset.captions.files.out))
-        failed = f"; {_count(len(failures), 'file')} not written: {failures[0].reason}" if failures else ""
-        return _say(f"{', '.join(names)} files written for {_count(number, 'video')}{failed}.")
+        failed = f"; {plural(len(failures), 'file')} not written: {failures[0].reason}" if failures else ""
+        return _say(f"{', '.join(names)} files written for {plural(number, 'video')}{failed}.")
 
     def _rows(self, values: Mapping[Any, Any]) -> list[DatasetRow]:
         return self.dataset.find(
@@ -291,7 +291,7 @@ class DatasetTab:
         # The time makes each different: a page that is the same as before would not be updated.
         mark = "" if saved is None else f'<i hidden data-saved="{int(saved)}" data-time="{time.monotonic_ns()}"></i>'
         update = {
-            self.status: f'{message}<p class="counts" role="status">{place}{_count(len(rows), "row")}</p>',
+            self.status: f'{message}<p class="counts" role="status">{place}{plural(len(rows), "row")}</p>',
             self.page: page,
             self.previous: gr.update(interactive=page > 0, visible=last > 0),
             self.next: gr.update(interactive=page < last, visible=last > 0),
@@ -311,10 +311,6 @@ class DatasetTab:
 
 def _say(message: str) -> str:
     return f'<p class="verdict">{escape(message)}</p>'
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _difference(before: str, after: str) -> list[tuple[str, str]]:

@@ -23,6 +23,11 @@ def _macros() -> Any:
     return load_template(path, percent=lambda value: f"{100 * value:.1f} %", span=_span, clock=_clock).module
 
 
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 word" or "1,200 words"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def render_placeholder(title: str, text: str) -> str:
     """Render what is shown before there is any content."""
     return str(_macros().placeholder(title, text))

@@ -289,6 +289,10 @@ class GridFamily(Family):
         values: dict[str, Any] = self.config.lm["vision_config"]
         return values
 
+    @property
+    def num_deep_layers(self) -> int:
+        return len(self.vision_config.get("deepstack_visual_indexes", ()))
+
     def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
         vision = self.vision_config
         pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
@@ -299,6 +303,10 @@ class GridFamily(Family):
         steps, rows, columns = clip.grid
         merge = self.vision_config["spatial_merge_size"]
         return (steps, rows // merge, columns // merge) if clip.num_frames else None
+
+    def surround_clip(self, before: str, after: str) -> tuple[str, list[str]]:
+        """Remove the line break behind the clip, so that the prompt follows it directly."""
+        return before, [after.removeprefix("\n")]
 
     def rotary_positions(self, position_ids: Tensor) -> Tensor:
         """Return all three rows, (3, B, L)."""

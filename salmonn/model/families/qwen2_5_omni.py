@@ -236,10 +236,6 @@ class Qwen2_5Omni(GridFamily):
             return 2 / sampler.frames_per_second
         return 2 * clip.seconds / clip.num_frames
 
-    def surround_clip(self, before: str, after: str) -> tuple[str, list[str]]:
-        """Let the prompt follow the clip without a line break; the markers are part of the layout."""
-        return before, [after.removeprefix("\n")]
-
 
 class Qwen2_5OmniDecoder(Qwen2_5OmniPreTrainedModel, GenerationMixin):
     """The thinker's text model with its output embeddings, without the towers."""

@@ -86,10 +86,6 @@ class Qwen3Omni(Qwen2_5Omni):
         "min_pixels": 131_072, "max_pixels": 786_432, "total_pixels": 117_964_800,
     }  # fmt: skip
 
-    @property
-    def num_deep_layers(self) -> int:
-        return len(self.vision_config["deepstack_visual_indexes"])
-
     def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module, Any]:
         config = Qwen3OmniMoeThinkerConfig(**self.config.lm, attn_implementation=attn_implementation)
         config.text_config.tie_word_embeddings = config.tie_word_embeddings

@@ -110,10 +110,6 @@ class Qwen3VL(GridFamily):
             tie_word_embeddings=values.get("tie_word_embeddings", False),
         )
 
-    @property
-    def num_deep_layers(self) -> int:
-        return len(self.vision_config["deepstack_visual_indexes"])
-
     def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module | None, Any]:
         # The vision tower moves out of the language model, which receives embeddings.
         lm = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**self.config.lm, attn_implementation=attn_implementation))
@@ -135,10 +131,6 @@ class Qwen3VL(GridFamily):
         grid = self.token_grid(clip)
         assert grid is not None
         return interleave_with_text(grid, texts=timestamp_ids, audio_cuts=[0] * (grid[0] + 1))
-
-    def surround_clip(self, before: str, after: str) -> tuple[str, list[str]]:
-        """Remove the line break behind the clip: the prompt follows it directly."""
-        return before, [after.removeprefix("\n")]
 
 
 def interleave_with_text(
