@@ -411,7 +411,7 @@ class Comparison:
         modality: what of the video the answers are about.
         audio: path of the audio track where it is a separate file.
         start_seconds, end_seconds: the part of the video that the answers are about; None for an open end.
-        rater: id of the person who compared them, as in a vote; "" if unknown, or if it was no person.
+        rater: id of the person who compared them, as in a vote; "" if unknown, or if it was not a person.
         chosen_marks, rejected_marks: marks on clauses of the answers.
     """
 

@@ -62,7 +62,7 @@ def test_mistakes(call, reward_folder, tmp_path, monkeypatch):
     assert call("reward", captions, "--model", reward_folder)[2] == f"error: {captions} holds no captions\n"
     write_records(captions, [Caption("a.mp4", "x")])
     code, _, err = call("reward", captions, "--model", tmp_path)
-    assert code == 2 and "is no reward model: it has no reward.json; recipes/reward.py trains one" in err
+    assert code == 2 and "is not a reward model: it has no reward.json; recipes/reward.py trains one" in err
     code, _, err = call("reward", captions, "--model", reward_folder, "--caution", 1)
     assert code == 2 and f"which {reward_folder} has not: train with --ensemble 5" in err
     monkeypatch.setattr(Captioner, "load", lambda *_, **__: pytest.fail("the base must not be loaded"))

@@ -169,7 +169,7 @@ def parquet_rows(path: str, column: str) -> Iterator[str | int]:
     Rows without a video are skipped.
 
     Raises:
-        RemoteError: the file is not available, is no Parquet file, or has no such column.
+        RemoteError: the file is not available, is not a Parquet file, or has no such column.
     """
     import pyarrow  # noqa: PLC0415 - an extra
 

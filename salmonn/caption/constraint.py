@@ -42,7 +42,7 @@ class JsonGrammars:
         self._compile = lru_cache(_NUM_CACHED)(self._compile_schema)
 
     def check(self, schema: str) -> None:
-        """Raise a ValueError if a text is no JSON schema, or has keywords that are not supported."""
+        """Raise a ValueError if a text is not a JSON schema, or has keywords that are not supported."""
         self._compile(schema)
 
     def matcher(self, schema: str) -> "LLMatcher":

@@ -415,7 +415,7 @@ class Engine:
             return "failed"
 
     def _retry_one_by_one(self, sequences: Sequence[_Sequence], *, is_alone: bool) -> None:
-        """Requeue sequences that do not fit into memory together, to run alone; fail those for which that is no use."""
+        """Requeue sequences that do not fit into memory together, to run alone; fail one that already did."""
         if is_alone:
             self._fail_all(sequences, ValueError(f"the clip {OUT_OF_MEMORY}"))
             return

@@ -1,6 +1,6 @@
 """Times of words by CTC forced alignment with torchaudio's multilingual model (MMS_FA, arXiv 2305.13516).
 
-torchaudio is no dependency: its wheels link CUDA, and it announced in 2.8 that the functions used here would go.
+torchaudio is not a dependency: its wheels link CUDA, and it announced in 2.8 that the functions used here would go.
 """
 
 import importlib

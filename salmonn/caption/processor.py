@@ -80,7 +80,7 @@ class Processor:
         self.config = config
         self.family = get_family(config)
         self.published_positions = published_positions
-        self.is_shipped_toy = False  # the built-in model, which warns once about a file that is no synthetic clip
+        self.is_shipped_toy = False  # the built-in model, which warns once about a file that is not a synthetic clip
         self.reader = reader
         if published_positions and not self.family.has_published_positions:
             raise ValueError(f"published positions are not defined for a {config.family} model; use the default ones")

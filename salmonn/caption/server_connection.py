@@ -59,7 +59,7 @@ def connect_captioner(
         budget: see `ServerCaptioner`.
 
     Raises:
-        ValueError: the server is unreachable, is no such server, refuses the key, lacks the model, or does not take the
+        ValueError: the server is unreachable or of another kind, refuses the key, lacks the model, or does not take the
             clips; or the model does not hear.
     """
     captioner = ServerCaptioner(options, reader=reader, budget=budget)

@@ -161,7 +161,7 @@ def _explain_missing(container: InputContainer, *, video: bool, audio: bool) -> 
 
 
 def _check_file(path: Path) -> None:
-    """Raise a `ClipError` with the cause for a path that is no readable file; libav's own errors do not name it."""
+    """Raise a `ClipError` with the cause for a path that is not a readable file; libav's own errors do not name it."""
     try:
         if path.is_dir():
             raise ClipError(f"{path}: is a folder; pass a file, such as one of the videos in it")

@@ -59,7 +59,7 @@ def non_reference_test(codec: Any) -> Callable[[Any], bool]:
 
 
 def is_recovery_point(packet: Any, codec: Any) -> bool:
-    """Return whether a keyframe of H.264 or HEVC is no IDR frame: frames after it may refer to some before it."""
+    """Return whether a keyframe of H.264 or HEVC is not an IDR frame: frames after it may refer to some before it."""
     setup = codec.extradata or b""
     if codec.name == "h264":
         return all(header & 31 != 5 for header in _headers(packet, setup, 1))

@@ -56,7 +56,7 @@ def padded_pages(count: int) -> int:
 
 @dataclass
 class Prefix:
-    """Places of a prefix: indices of its full pages and of its tail, if its length is no multiple of a page's."""
+    """Places of a prefix: indices of its full pages and of its tail, if its length is not a multiple of a page's."""
 
     pages: list[int]
     tail: int | None

@@ -189,7 +189,7 @@ def read_factors(folder: Path, family: Family | None = None) -> dict[str, LoraFa
         family: family of the model, for an adapter with published names; none for one that `save_adapter` has written.
 
     Raises:
-        ValueError: it is no plain LoRA.
+        ValueError: it is not a plain LoRA.
     """
     config, tensors = read_json(folder / ADAPTER_CONFIG_NAME), load_file(folder / ADAPTER_WEIGHTS_NAME)
     half = ".lora_A.weight"

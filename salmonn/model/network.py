@@ -22,8 +22,8 @@ from salmonn.model.pooling import AnswerStates, Pooling, pool_last, pool_mean, p
 
 MAX_LOGIT_BYTES = 256 << 20
 UNUSED_WEIGHTS = (r"post_layernorm", r"position_ids")  # of published towers, whose features do not depend on them
-# More tokens are no faster and take memory. On a CPU they are slower by a sixth, since the allocator returns tensors of
-# that size to the system and every page has to be mapped again.
+# More tokens take memory and are not faster. On a CPU they are slower by a sixth: the allocator returns tensors of that
+# size to the system, and every page has to be mapped again.
 PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS_CPU = 8192, 1024
 
 DecodeFunction = Callable[[Tensor, Tensor, AttentionBackend], Tensor]

@@ -143,7 +143,7 @@ def _read_base(base: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a folder, or of a checkpoint on the hub, by their names."""
     for file in sorted(set(_base_files(base).values())):
         with safe_open(str(cached_file(base, file)), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                 yield name, tensors.get_tensor(name)
 
 

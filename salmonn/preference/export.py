@@ -35,7 +35,7 @@ from salmonn.score.formats import read_scores
 RowKind = Literal["trl", "helpsteer", "unpaired", "arena"]
 HELPSTEER_NAMES = {"correct": "correctness", "length": "verbosity"}
 Rows = tuple[list[dict[str, Any]], Counter[str]]  # and reason -> number of what a row cannot hold
-NO_RATING = "votes and texts, which are no ratings"
+NO_RATING = "votes and texts, which are not ratings"
 CUT, PART = "answers that are cut off", "a part of the clip, one modality or a separate audio track"
 
 

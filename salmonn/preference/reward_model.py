@@ -300,7 +300,7 @@ def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
         ValueError: the folder holds no complete reward model, or one of another kind or format.
     """
     if not (folder / INFO_NAME).is_file():
-        raise ValueError(f"{folder} is no reward model: it has no {INFO_NAME}; recipes/reward.py trains one")
+        raise ValueError(f"{folder} is not a reward model: it has no {INFO_NAME}; recipes/reward.py trains one")
     if not (folder / HEAD_NAME).is_file():
         raise ValueError(
             f"{folder} has no {HEAD_NAME}: without the trained head its rewards would be random; copy that file, or "

@@ -137,7 +137,7 @@ class ChatClient:
         """Return the models that the server offers; None if it has no such list.
 
         Raises:
-            LLMStoppedError: the server is unreachable, refuses the key, or is no OpenAI-compatible server.
+            LLMStoppedError: the server is unreachable, refuses the key, or is not OpenAI-compatible.
         """
         try:
             # Not parsed by the client, which takes any body for a list; not by a copy of the client (`with_options`),
@@ -163,7 +163,7 @@ class ChatClient:
             ) from error
 
     def post(self, route: str, body: Mapping[str, Any], *, retries_internal_errors: bool = True) -> str:
-        """Send a request that is no chat completion, and return the body of the response.
+        """Send a request that is not a chat completion, and return the body of the response.
 
         Args:
             route: path behind the server's address, or a whole address on the server.

@@ -79,7 +79,7 @@ class LLMConfig:
 
 
 def _check_address(base_url: str) -> None:
-    """Raise a ValueError for what is no address, or has parts in which keys are passed; they are not repeated."""
+    """Raise a ValueError if it is not an address, or has parts in which keys are passed; they are not repeated."""
     address = urlsplit(base_url)
     remedy = "an API key belongs in an environment variable, which api_key_env names"
     if "@" in (address.netloc or base_url) or address.query or address.fragment:

@@ -22,7 +22,7 @@ ALL_OPTIONS: RequestOptions = {
     "logprobs": ("logprobs", ""),
     "stream": ("", "stream"),
 }
-# How error messages name them. A conversation that is too long is no reason to omit the token limit.
+# How error messages name them. A conversation that is too long is not a reason to omit the token limit.
 _NAMED = {
     "response_format": re.compile(r"response_format|schema|json_object|structured", re.IGNORECASE),
     "seed": re.compile(r"\bseed\b", re.IGNORECASE),

@@ -52,7 +52,7 @@ class Body:
     files: dict[str, StringFile] = field(default_factory=dict)
 
     def check_references(self, used: str) -> None:
-        """Raise a TooLargeError if the text has a reference other than `used`: a long string that is no file."""
+        """Raise a TooLargeError if the text has a reference other than `used`: a long string that is not a file."""
         if set(self.files) - {used}:
             self._check_value(json.loads(self.text), used, "")
 

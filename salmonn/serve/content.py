@@ -102,7 +102,7 @@ def _parse_part(part: Any, where: str) -> str | ClipPart:
 
 
 def frame_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the values of `FrameOptions` among some fields; raises a RequestError if one is no number."""
+    """Return the values of `FrameOptions` among some fields; raises a RequestError if one is not a number."""
     found = {}
     for name, field in _FRAME_FIELDS.items():
         value = values.get(name)

@@ -95,7 +95,7 @@ class Base64File:
         self.path = path
         self.num_bytes = 0
         self._max_bytes = max_bytes
-        self._rest = ""  # characters that are no complete group of four yet
+        self._rest = ""  # characters that are not a complete group of four yet
         self._file = path.open("wb")
 
     def write(self, text: str, *, is_last: bool = False) -> None:

@@ -64,7 +64,7 @@ def parse_claims(text: str) -> list[Claim]:
     """Parse the claims of a caption, in order of time ("B after A" states A first).
 
     A clause with content that cannot be read is a claim of kind "unreadable"; fillers ("The clip ends.") and negations
-    ("the circle does not move") are no claims. Merely naming an object ("a red circle") claims that it appears.
+    ("the circle does not move") are not claims. Merely naming an object ("a red circle") claims that it appears.
     """
     return list(_parse(text))
 

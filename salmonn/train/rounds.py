@@ -74,7 +74,7 @@ def rate_captions(
         others = iter(judge_captions(missing, clips.by_video, judge=reward.rate))
         keys = [(one.video, one.sample) for one in captions]
         results = [rated[key] if key in rated else next(others) for key in keys]
-        drop_unscored(results, name=folder.name)  # before the file is written: a file without scores is no result
+        drop_unscored(results, name=folder.name)  # before the file is written: a file without scores is not a result
         if dist.is_main():
             reward.save(path, results)
         dist.barrier()

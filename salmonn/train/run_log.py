@@ -338,7 +338,7 @@ def _summary_so_far(folder: Path) -> RunSummary | None:
 def _read_stages(folder: Path) -> Iterator[StageRecord]:
     if steps := read_steps(folder / STEPS_NAME):
         yield StageRecord(folder.resolve().name, steps)
-    # A run folder also holds folders that are no stages, such as votes, which have their own pairs.jsonl.
+    # A run folder also holds folders that are not stages, such as votes, which have their own pairs.jsonl.
     names = {path.parent.name for path in (*folder.glob(f"*/{STEPS_NAME}"), *folder.glob("round_*/pairs.jsonl"))}
     for name in sorted(names, key=_stage_order):
         steps, path = read_steps(folder / name / STEPS_NAME), folder / name / "pairs.jsonl"

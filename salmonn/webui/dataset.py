@@ -200,7 +200,7 @@ class Dataset:
     def video_url(self, row: ReviewRow) -> str:
         """Return the address of a video under a random name, relative to that of the page; "" if there is none.
 
-        Files that are no video or sound by their suffix are not served, whatever a captions file may name.
+        Files whose suffix is not one of video or sound are not served, whatever a captions file names.
         """
         try:
             path = self._find_video(row.record).resolve()

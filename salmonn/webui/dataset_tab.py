@@ -180,7 +180,7 @@ class DatasetTab:
         try:
             command = json.loads(values[self.command] or "null") or {}
             if not isinstance(command.get("row", 0), int):
-                raise TypeError("a row is no number")
+                raise TypeError("a row is not a number")
             message = self._save(command, keep=bool(values[self.keep]), rater=check_rater(values[self.rater]))
             saved = command.get("row") if command.get("act") == "save" else None
         except (ValueError, TypeError, KeyError) as error:

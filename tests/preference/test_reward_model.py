@@ -150,7 +150,7 @@ def test_a_reward_model_is_recognised_by_its_content(make_model, tmp_path):
 
 
 def test_folders_that_are_refused(make_model, tmp_path, random_plus):
-    with pytest.raises(ValueError, match="is no reward model"):
+    with pytest.raises(ValueError, match="is not a reward model"):
         RewardModel.load(tmp_path)
     model = make_model()
     save_reward_model(tmp_path / "good", model.head, model.info)

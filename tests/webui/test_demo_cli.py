@@ -21,7 +21,7 @@ from tests.webui.conftest import start_demo
         (["--other-model", "m", "--model", "m"], "--other-model is the same as --model"),
         (["--references", "absent.jsonl"], "absent.jsonl"),
         (["--model", "{folder}"], "{folder}"),
-        (["--raters", "{folder}"], "{folder} is no reward model"),
+        (["--raters", "{folder}"], "{folder} is not a reward model"),
         (["--judge.kind", "openai"], "needs the name of a model"),
     ],
 )

@@ -41,7 +41,7 @@ HEADS, KV_HEADS, HEAD_WIDTH = 28, 4, 128
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts operators that are no views, and the bytes of what they return.
+    """Counts operators that are not views, and the bytes of what they return.
 
     Attributes:
         counts: number of calls by name.
