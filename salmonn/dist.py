@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 # The default process group is used by training only, where ranks are never far apart.
 TRAINING_TIMEOUT = timedelta(minutes=30)
-# Elsewhere ranks may wait days for one that samples or scores; a lost process is noticed at once all the same.
+# Elsewhere ranks may wait days for one that samples or scores; a lost process is still noticed at once.
 CONTROL_TIMEOUT = timedelta(days=30)
 
 

@@ -102,7 +102,7 @@ def count(state: AppState, feedback: Feedback) -> None:
     assert first
     try:
         state.feedback.add(Feedback(feedback.date, feedback.action, "", first, second, tab=feedback.tab))
-    except OSError as error:  # the caption is shown all the same
+    except OSError as error:  # the caption is shown anyway
         logger.warning("cannot count a caption as %s: %s", feedback.action, error)
 
 

@@ -63,7 +63,7 @@ class UploadStore:
     def reserve(self, num_bytes: int) -> bool:
         """Reserve space for an upload; return False if there is not enough. `end_reservation` must follow."""
         with self._lock:
-            # The received part of an upload counts twice, as a file and as reserved; the limit is kept all the same.
+            # The received part of an upload counts twice, as a file and as reserved; the limit still holds.
             if self._num_reserved + num_bytes + sum(size for _, size, _ in self._files()) > self.max_bytes:
                 return False
             self._num_reserved += num_bytes
