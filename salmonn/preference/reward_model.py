@@ -210,11 +210,8 @@ class RewardModel:
 
     def _values(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> Tensor:
         """Return the head's output for each row, (B,) float64 on the CPU."""
-        values: Tensor = self.head(self._states(rows, clips))
+        values: Tensor = self.head(answer_states(self.captioner, rows, clips, pooling=self.info.pooling))
         return values
-
-    def _states(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> AnswerStates:
-        return answer_states(self.captioner, rows, clips, pooling=self.info.pooling)
 
     def explain(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[list[Contribution]]:
         """Return the contributions of all objectives to each row's reward.
@@ -227,7 +224,7 @@ class RewardModel:
                 f"{self.name} is a {self.info.kind} reward model, which has no objectives; train one with --kind "
                 "objectives"
             )
-        states = self._states(rows, clips)
+        states = answer_states(self.captioner, rows, clips, pooling=self.info.pooling)
         values, weights = self.head.objectives(states).tolist(), self.head.weights(states).tolist()
         return [
             [Contribution(*one) for one in zip(self.info.objectives, *row, strict=True)]
@@ -265,7 +262,7 @@ class RewardModel:
         if self.info.kind == "pairwise":
             parts["reward"] = self.rewards(rows, clips)
         else:
-            states = self._states(rows, clips)
+            states = answer_states(self.captioner, rows, clips, pooling=self.info.pooling)
             parts["reward"] = ((self.head(states) - self.info.mean) / self.info.std).tolist()
             if isinstance(self.head, ObjectiveHead):
                 parts |= dict(zip(self.info.objectives, self.head.objectives(states).T.tolist(), strict=True))

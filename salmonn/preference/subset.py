@@ -114,11 +114,6 @@ def rank_pairs(
     ]
 
 
-def keep_pairs(pairs: Sequence[Comparison], importances: Sequence[PairImportance]) -> list[Comparison]:
-    """Return the pairs that have a rank, in their order."""
-    return [pair for pair, importance in zip(pairs, importances, strict=True) if importance.rank]
-
-
 def _z_scores(values: Sequence[float]) -> np.ndarray:
     """Return values in standard deviations above their mean; 0 for a missing one (NaN), or if all are equal."""
     array = np.asarray(values, dtype=np.float64)

@@ -149,14 +149,14 @@ def _mean_gradient(clips: ClipSet, student: Captioner, *, batch_size: int) -> di
         count += int((inputs.labels[:, 1:] != -100).sum())
     total = dist.all_reduce_sum(count)
     summed: dict[str, Tensor] = {}
-    for of_rank in dist.gather([{name: _gradient(one) for name, one in parameters.items()}]):
+    gradients = {
+        name: torch.zeros_like(one, device="cpu") if one.grad is None else one.grad.cpu()
+        for name, one in parameters.items()
+    }
+    for of_rank in dist.gather([gradients]):
         summed = {name: summed[name] + part if summed else part for name, part in of_rank.items()}
     network.zero_grad()
     return {name: part.to(network.device) / total for name, part in summed.items()}
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu()
 
 
 def _move(network: Network, start: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> None:

@@ -12,7 +12,7 @@ from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.repeat_negatives import select_repeat_negatives
 from salmonn.preference.repetition_pairs import max_repetition_pairs, select_repetition_pairs
 from salmonn.preference.selection import SelectionConfig, make_selector, select_pairs, summarize_pairs
-from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
+from salmonn.preference.subset import SubsetConfig, rank_pairs
 from salmonn.records import Caption, Comparison
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import drop_unscored, judge_captions
@@ -129,7 +129,7 @@ def keep_subset(
     if config.keep is None:
         return list(pairs)
     importances = rank_pairs(pairs, config, qualities=qualities)
-    kept = keep_pairs(pairs, importances)
+    kept = [pair for pair, importance in zip(pairs, importances, strict=True) if importance.rank]
     if dist.is_main():
         write_records(folder / IMPORTANCE_NAME, importances)
     before, after = summarize_pairs(pairs), summarize_pairs(kept)
