@@ -189,7 +189,7 @@ def _describe_errors(errors: Sequence[Any], text: str, record_type: type) -> lis
 
 
 def _guess_type(value: dict[str, Any]) -> str:
-    """Return what a record of another type may be, for error messages."""
+    """Return a guess of a record's actual type, for error messages."""
     for other, plural in ((Caption, "captions"), (Reference, "references"), (Comparison, "comparisons")):
         names = {field.name for field in dataclasses.fields(other)}
         required = {field.name for field in dataclasses.fields(other) if field.default is dataclasses.MISSING}

@@ -181,7 +181,7 @@ class Fusion:
         num_facts: number of facts in the captions of the segments; facts that neighbours share count once.
         lost, changed, added: facts that the caption lacks, states wrongly or out of order, and statements that no
             segment's caption has.
-        source: hash of what it was made from.
+        source: hash of its inputs.
     """
 
     writer: str = "rule"
@@ -383,7 +383,7 @@ class JudgeInfo:
 class Mark:
     """A judgement of a clause: characters `start` to `end` of a caption, exclusive, are right or wrong.
 
-    Marks are of people, or made of what a judge quotes.
+    Marks are made by people, or derived from a judge's quotes.
     """
 
     start: int

@@ -185,8 +185,8 @@ class Captioner:
         Args:
             requests: requests.
             clips: clip of each request, if it has been read or encoded before; then no file is opened.
-            limits: what is decoded together (default: 64 sequences; on a GPU, as many of them as fit into its memory).
-                The samples of a request are never split up.
+            limits: limits of the batch (default: 64 sequences; on a GPU, as many of them as fit into its memory). The
+                samples of a request are never split up.
             on_progress: called with the number of requests that have been completed since the last call.
 
         Raises:
@@ -255,7 +255,7 @@ class Captioner:
         ]
 
     def limits(self, batch_size: int | None = None) -> BatchLimits:
-        """Return what can be decoded together.
+        """Return the limits of a batch.
 
         Args:
             batch_size: maximum number of sequences (default: the model's; on a GPU at least 64). On a GPU there are

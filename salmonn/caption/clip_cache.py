@@ -12,7 +12,7 @@ from salmonn.model.layout import ClipFeatures
 
 @dataclass(frozen=True)
 class ClipKey:
-    """A version of a file, and what is read of it."""
+    """A version of a file, and the part of it that is read."""
 
     path: Path
     size_bytes: int

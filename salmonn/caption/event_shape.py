@@ -1,4 +1,4 @@
-"""Captions in the form of events: asked for by a JSON schema, checked, and asked for once more where they are wrong."""
+"""Captions in the form of events: requested by a JSON schema, checked, and requested once more where they are wrong."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -31,7 +31,7 @@ def caption_clips(
     Args:
         captioner: local model.
         clips: clips, or why they cannot be read.
-        limits: what is decoded together.
+        limits: limits of the batch.
 
     Yields:
         The results that became ready together.

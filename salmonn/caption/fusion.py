@@ -6,7 +6,7 @@
 A model is asked about as many captions in a row as fit into `MAX_CHARS`, then about the answers, and so on as long as
 two neighbours fit. Answers that keep all facts hardly become shorter: then they are the paragraphs of the result. So
 the length of a request is bounded, and each level costs as much as the captions are long, however many there are.
-With a `FactCheck`, each answer is checked against the facts of its captions and asked for once more if it differs.
+With a `FactCheck`, each answer is checked against the facts of its captions and requested once more if it differs.
 Nothing here imports torch.
 """
 

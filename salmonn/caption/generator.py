@@ -186,7 +186,7 @@ class CachedGenerator:
     Args:
         captioner: local model.
         clips: inputs or cached features of each path that will be requested, whole and in all modalities.
-        limits: what is decoded together, see `Captioner.generate`.
+        limits: limits of the batch, see `Captioner.generate`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The shape of captions: what they are asked for, checked for and made into.
+"""The shape of captions: how it is requested, checked and enforced.
 
     shape = Shape({"caption": CaptionShape(words=WordRange(80, 120), avoid=("red hair",), trigger="ohwx")})
     for caption in captioner.caption_many(requests, shape=shape):

@@ -1,4 +1,5 @@
-"""Options of `salmonn caption` for what the model is given in addition to the clip: the transcript of its speech."""
+"""Options of `salmonn caption` for context that the model gets in addition to the clip: the transcript of its
+speech."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -16,7 +17,7 @@ TRANSCRIPTS_JOB = "transcripts_job"
 
 
 def add_context_options(parser: FlagParser) -> None:
-    """Add what is given to the model in addition to the clip."""
+    """Add the context that the model gets in addition to the clip."""
     group = parser.add_argument_group("Context")
     contexts = "transcript: add the speech of the video, or of its part, to the prompt"
     group.add_argument("--context", type=Literal["transcript"] | None, default=None, help=contexts)

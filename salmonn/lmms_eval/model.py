@@ -113,7 +113,7 @@ class SalmonnModel(lmms):
         )
 
     def _to_sampling(self, options: Mapping[str, Any]) -> Sampling:
-        """Return the sampling parameters of a task; what it does not say is the model's own."""
+        """Return the sampling parameters of a task; the model's own are used where it sets none."""
         if (options.get("num_beams") or 1) > 1:
             raise ValueError(f"num_beams {options['num_beams']} is not supported; pass --gen_kwargs num_beams=1")
         own = self._captioner.default_sampling()

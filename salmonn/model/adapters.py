@@ -21,7 +21,7 @@ class StackedAdapter:
 
     Args:
         rank: its rank.
-        error: norm of what it lacks of the sum, as a fraction of the sum's; 0 if it is the sum.
+        error: norm of its difference from the sum, as a fraction of the sum's norm; 0 if they are equal.
     """
 
     rank: int

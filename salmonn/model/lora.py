@@ -127,8 +127,8 @@ class MergeRounding:
 def merge_in_float32(network: Network, folders: Sequence[Path]) -> MergeRounding:
     """Add saved adapters to the weights in place: the sum is computed in float32 and rounded once to the weights' type.
 
-    Rounds that are merged one by one into 16-bit weights lose what is smaller than half a step of their type, each
-    round again; the sum of all rounds loses it once.
+    Rounds that are merged one by one into 16-bit weights each lose changes smaller than half a step of their type; the
+    sum of all rounds loses them once.
 
     Args:
         network: network without an adapter.

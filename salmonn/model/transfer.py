@@ -25,7 +25,7 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def to_device(self, clip: ClipInputs) -> ClipInputs:
-        """Copy a clip to the device; what is computed from now on waits for it, what has been started does not."""
+        """Copy a clip to the device; later computations wait for it, and those already started do not."""
         with torch.cuda.stream(self._stream):
             copied = clip.to(self.device)
         if self._stream is not None:
@@ -40,7 +40,7 @@ class CopyStream:
         return torch.cuda.current_stream(self.device).record_event() if self._stream is not None else None
 
     def to_host(self, tensor: Tensor, computed: torch.cuda.Event | None) -> Tensor:
-        """Copy a result to main memory and wait for it, but not for what has been started since it was computed.
+        """Copy a result to main memory and wait for it, but not for computations started after it.
 
         Args:
             tensor: result.
@@ -75,7 +75,7 @@ class SideStream:
         return self._stream.record_event() if self._stream is not None else None
 
     def join(self, tensor: Tensor, computed: torch.cuda.Event | None) -> None:
-        """Let what is started on the main stream from now on wait for a result.
+        """Let later computations on the main stream wait for a result.
 
         Args:
             tensor: result.

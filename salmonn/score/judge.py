@@ -44,7 +44,7 @@ class Judge(Protocol):
     is_deterministic: bool
 
     def check(self, reference: Reference) -> None:
-        """Raise ValueError, with what to do, if the judge cannot use the reference."""
+        """Raise a ValueError with a remedy if the judge cannot use the reference."""
         ...
 
     def judge(

@@ -92,6 +92,6 @@ def _kind(one: dict[str, Any], root: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> Markup:
-    """Escape a text, and show what is between backquotes as code."""
+    """Escape a text, and format text between backquotes as code."""
     parts = escape(text).split("`")
     return Markup("".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts)))

@@ -1,10 +1,10 @@
-"""Simulated raters of captions of synthetic clips: what they look at, what they want, and how they err; needs no torch.
+"""Simulated raters of captions of synthetic clips: their criteria, preferences and errors; needs no torch.
 
     rater = make_voter("noisy", seed=1)
     rater.prefers(caption_traits(caption, score, reference), other_traits)   # probability of the first caption
 
-Groups want different things, with the same noise for all. Voters are single raters with a known flaw, or none. All are
-inventions that make a test possible, whose answer is known. They say nothing about people.
+Groups have different preferences, with the same noise for all. Voters are single raters with a known flaw, or none. All
+are invented for tests whose answer is known, and say nothing about real people.
 """
 
 import math

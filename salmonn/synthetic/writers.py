@@ -1,7 +1,7 @@
 """Simulated people who vote, rate, mark and write captions of synthetic clips; needs no torch.
 
-What they want is in `raters.py`; this is what they do with it. Like the raters, they are inventions that test the
-machinery and say nothing about people.
+Their preferences are defined in `raters.py`; this module defines their actions. Like the raters, they are invented to
+test the code, and say nothing about real people.
 """
 
 import random
@@ -84,7 +84,7 @@ def write_caption(
         reference: the clip.
         draft: draft and its score against the reference; None to write without one.
         rng: random numbers.
-        max_seconds: time limit; what has been begun is ended.
+        max_seconds: time limit; an action that has been started is completed.
     """
     noticed = [event for event in reference.events if rng.random() >= OMISSION_RATES[parse_claims(event.text)[0].kind]]
     if draft is None:

@@ -233,7 +233,7 @@ class TrainingExample:
     All turns on a clip are one example, so that its encoders and its prefix are computed once.
 
     Args:
-        clip: what is read.
+        clip: file, and the part of it that is read.
         turns: prompts with the answers to learn.
     """
 
@@ -252,7 +252,7 @@ def make_examples(
 
     Args:
         clips: annotated clips; one that lacks what a task needs gives no example of it.
-        tasks: what is learned.
+        tasks: tasks to learn.
         prompts: modality -> prompt for a caption; without one for audio if the model does not hear.
         single_modality_every: learn every n-th clip also from its frames alone and its audio alone.
 

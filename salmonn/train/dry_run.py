@@ -400,7 +400,7 @@ def print_plan(plan: MemoryPlan, *, title: str, captions: tuple[int, int] | None
 
 
 def summarize_clip(plan: MemoryPlan) -> str:
-    """Return sentences on how a clip becomes tokens, and on what is assumed."""
+    """Return sentences on how a clip becomes tokens, and on the assumptions made."""
     shape, work, media = plan.shape, plan.work, plan.media
     video = "no video"
     if media.num_frames:

@@ -114,7 +114,7 @@ class GroupExample:
 def make_preference_examples(
     comparisons: Sequence[tuple[Comparison, ClipFeatures]], roles: Sequence[Role]
 ) -> list[PreferenceExample]:
-    """Join comparisons with what a loss's roles need; the mismatched answer is that of the next other clip.
+    """Join comparisons with the data that a loss's roles need; the mismatched answer is that of the next other clip.
 
     Raises:
         ValueError: a loss needs captions of other clips, and there is only one clip.

@@ -112,7 +112,7 @@ def fit_ensemble(
     """Fit heads to clips drawn with replacement; each one's rewards of all answers have mean 0 and deviation 1.
 
     Args:
-        states, groups: what a head is fitted to.
+        states, groups: data that a head is fitted to.
         fit: fits a linear head.
         answers: (R, P) states of all answers.
         count: number of heads.

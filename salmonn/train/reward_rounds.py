@@ -89,7 +89,7 @@ class RewardRounds:
         Every step writes its files to the folder of the round, and a restarted run loads them.
 
         Returns:
-            Ratings by the reward model, and what is known of it.
+            Ratings by the reward model, and its description.
         """
         folder = self.folder(number)
         audit = self._audit(number, captions) if number > 1 or self.config.model else None

@@ -1,8 +1,8 @@
-"""Steps of a run, and which settings each depends on: what a resumed run keeps, refuses and does again.
+"""Steps of a run and the settings that each depends on: what a resumed run keeps, refuses and redoes.
 
 The run folder's `settings.json` records the settings that every step was made with. On resume they are compared with
 the current ones. A setting that no existing result depends on is free to change. Otherwise the run is refused, unless
-`--redo-from STEP` says which results to keep: those of earlier steps, whatever they were made with, and those of later
+`--redo-from STEP` says which results to keep: those of earlier steps, regardless of their settings, and those of later
 steps that agree with the current settings. The flag may stay in the command: a resumed run deletes nothing twice.
 """
 
@@ -35,7 +35,7 @@ class Step:
     """A step of a run, whose results are files.
 
     Args:
-        name: name for `--redo-from`: the folder of the stage and what is made, such as "round_2/pairs".
+        name: name for `--redo-from`: the folder of the stage and the result, such as "round_2/pairs".
         settings: dotted name -> JSON value of what the results depend on besides those of earlier steps.
         files: patterns of its files below the run folder, of unfinished results too.
         result: file whose existence means that the step is complete.

@@ -33,7 +33,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Send what is left and mark the run as ended or failed."""
+        """Send the remaining metrics and mark the run as ended or failed."""
         ...
 
 

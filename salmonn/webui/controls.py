@@ -148,7 +148,7 @@ def on_click(tab: str, *, reveal: str = "") -> str:
 
     Args:
         tab: name of the tab.
-        reveal: CSS selector of what is scrolled into view on a phone; empty for nothing.
+        reveal: CSS selector of the element that is scrolled into view on a phone; empty for none.
     """
     return f"(...inputs) => window.salmonn.start('{tab}', inputs, '{reveal}')"
 

@@ -42,9 +42,9 @@ class DatasetRow:
 
     Args:
         number: number of the row, which never changes.
-        row: caption or failure with what may be wrong.
+        row: caption or failure with its possible issues.
         reward: its reward; None if unknown.
-        review: what a person did with this very text.
+        review: a person's action on exactly this text.
     """
 
     number: int
