@@ -180,8 +180,8 @@ def read_clips(path: Path, *, check: Callable[[Reference], None] | None = None) 
 def drop_sounds(clips: ClipSet) -> ClipSet:
     """Return clips for a model that does not hear: captions of what can be seen, and no questions about sounds.
 
-    The events stay: by them a judge tells true statements about sounds from false ones, and those that the caption does
-    not mention do not count (`salmonn.score.judge.is_expected`).
+    The events stay: by them a judge distinguishes true statements about sounds from false ones, and those that the
+    caption does not mention do not count (`salmonn.score.judge.is_expected`).
     """
     references = [
         replace(

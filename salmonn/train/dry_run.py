@@ -152,7 +152,8 @@ def placeholder_layout(config: SalmonnConfig, media: ClipInputs) -> Layout:
 
 
 def count_clip_tokens(config: SalmonnConfig, shape: ClipShape, *, modality: Modality) -> int:
-    """Return the number of tokens of a clip, as far as its shape tells; 0 for one without a known duration."""
+    """Return the number of tokens of a clip, as far as it follows from its shape; 0 for one without a known
+    duration."""
     if not shape.seconds:
         return 0
     if not get_family(config).hears:

@@ -277,7 +277,7 @@ class MrDpoConfig(RunConfig):
 
     @property
     def teacher_loss(self) -> LossConfig:
-        """Loss of rebirth's teacher: guided DPO, whatever the rounds are trained with."""
+        """Loss of rebirth's teacher: guided DPO, regardless of the loss of the rounds."""
         return replace(self.loss, kind="sigmoid", label_smoothing=0.0, per="caption")
 
     def server_sampler(self, processor: Processor) -> ServerSampler | None:
@@ -305,7 +305,7 @@ class MrDpoConfig(RunConfig):
 
 
 def load_data(config: MrDpoConfig, reward: Reward, processor: Processor, *, judge: Judge) -> tuple[ClipSet, ClipSet]:
-    """Load or render the training and the held-out clips; the judge judges the latter whatever the reward.
+    """Load or render the training and the held-out clips; the judge judges the latter, regardless of the reward.
 
     Raises:
         ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, a text

@@ -4,8 +4,8 @@ A linear head on the captioner's frozen states is a convex problem and takes sec
 that a random head does not disturb the decoder first (arXiv 2202.10054). Some clips are held out; they give the
 agreement with the source, and the temperature.
 
-Text alone orders most pairs: better captions claim other things. So a *blind* twin is trained and asked with the
-features of other clips, and only what the reward model achieves beyond it comes from looking.
+Text alone orders most pairs: better captions claim other things. So a *blind* twin is trained and evaluated with the
+features of other clips, and only the reward model's advantage over it comes from looking at the clip.
 """
 
 import gc

@@ -2,8 +2,8 @@
 
 Named objectives are fitted after ArmoRM (arXiv 2406.12845), in two stages on frozen states: ridge regression of each
 objective and correction for length, then the gate. ArmoRM's correction drives the rank correlation of every objective
-with length to zero. In captions length is partly earned, since more events need more words; so by default the
-correlation becomes that of the judge's own values ("gold").
+with length to zero. In captions a correlation with length is partly justified, since more events need more words; so by
+default the correlation becomes that of the judge's own values ("gold").
 """
 
 import random
