@@ -53,16 +53,6 @@ def child_processes() -> set[psutil.Process]:
     return set(psutil.Process().children())
 
 
-@pytest.fixture
-def scripted(tmp_path, monkeypatch):
-    (tmp_path / "scripted.py").write_text(SCRIPTED_MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    import scripted
-
-    yield scripted.ScriptedReadSpec(FixedRateSampler())
-    del sys.modules["scripted"]
-
-
 class FakeReadSpec:
     """Reads files whose names are their lengths in seconds, and records the order."""
 

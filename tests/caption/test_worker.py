@@ -2,7 +2,6 @@
 
 import re
 import struct
-import sys
 from pathlib import Path
 
 import av
@@ -63,16 +62,6 @@ class ScriptedReadSpec(ReadSpec):
             return CodeOnUnpickling()
         return path.name
 """
-
-
-@pytest.fixture
-def scripted(tmp_path, monkeypatch):
-    (tmp_path / "scripted.py").write_text(SCRIPTED_MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    import scripted
-
-    yield scripted.ScriptedReadSpec(FixedRateSampler())
-    del sys.modules["scripted"]
 
 
 def read_all(names, read_spec, limits):
