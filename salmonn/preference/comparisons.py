@@ -110,7 +110,8 @@ def attach_values(
     attached = []
     for group in groups:
         clip = (group.example.video, group.example.start_seconds, group.example.end_seconds)
-        attached.append(replace(group, **{name: tuple(values[*clip, *answer] for answer in group.answers)}))
+        of_answers: dict[str, Any] = {name: tuple(values[*clip, *answer] for answer in group.answers)}
+        attached.append(replace(group, **of_answers))
     return attached
 
 

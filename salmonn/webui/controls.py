@@ -117,7 +117,7 @@ def media_input(state: AppState, *, tab: str) -> gr.File:
             label="Video or sound file",
         )  # fmt: skip
         # Its own method creates a temporary file whenever the value is read.
-        file.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+        file.preprocess = _file_path  # type: ignore[method-assign]
         player = gr.HTML("", elem_classes=["player"], padding=False)
         with gr.Row(elem_classes=["recording"]):
             for kind, label in RECORDINGS.items():
@@ -178,6 +178,10 @@ def clear_on_change(video: gr.File, time: gr.Number, requests: ActiveRequests, *
     decision = video.change(cancel, [video, time], [decided, *states], js=f"(...inputs) => {WITH_TIME}", **QUIET)
     clear = f"(decided) => window.salmonn.clear('{tab}', decided, {json.dumps(list(shown.values()))})"
     decision.then(None, decided, list(shown), js=clear, **QUIET)
+
+
+def _file_path(payload: Any) -> str | None:
+    return payload.path if payload else None
 
 
 def prompt_inputs() -> tuple[gr.Radio, gr.Textbox]:
