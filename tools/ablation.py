@@ -10,22 +10,20 @@ describes the comparison and how to read it.
 """
 
 import argparse
-import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ablation_variants import BASE, HYPOTHESES, ROWS, VARIANTS, Hypothesis
+from lab_driver import copy_results, lock_folder, one_thread
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -123,23 +121,6 @@ def run_all(ablation: Ablation) -> None:
         )
 
 
-@contextmanager
-def lock_folder(out: Path) -> Iterator[int]:
-    """Wait until no run is active in a folder, including runs of a command that was killed.
-
-    Yields:
-        File descriptor of the lock, to be inherited by all processes that work in the folder.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"waiting for runs in {out} that an earlier command started")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
 def run(variant: str, seed: int, ablation: Ablation, *, lock: int, base: Failure | None = None) -> Path | None:
     """Run a variant unless it has finished; return its folder if it failed.
 
@@ -167,25 +148,13 @@ def run(variant: str, seed: int, ablation: Ablation, *, lock: int, base: Failure
     return folder if code else None
 
 
-def one_thread() -> dict[str, str]:
-    """Return the environment of a run on one thread; the toy model is too small for more."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}
-
-
 def copy_shared(variant: str, folder: Path, base: Path) -> None:
     """Create the folder of a run with the results that it shares with the mrDPO run; keep a folder that exists."""
     if folder.exists():
         return
     with atomic_folder(folder) as temporary:
         # With its settings, so that the run checks that it has them too.
-        for pattern in (SETTINGS_NAME, *VARIANTS[variant].copied):
-            for source in sorted(base.glob(pattern)):
-                target = temporary / source.relative_to(base)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_dir():
-                    shutil.copytree(source, target)
-                else:
-                    shutil.copyfile(source, target)
+        copy_results(base, temporary, (SETTINGS_NAME, *VARIANTS[variant].copied))
         if VARIANTS[variant].retrain_last:
             last = max(temporary.glob("round_*"), key=lambda path: int(path.name.removeprefix("round_")))
             for file in (path for name in (*MERGED_FILES, "heldout") for path in last.glob(name)):

@@ -1,6 +1,4 @@
-"""tools/lab/rewards.py: the table of the preference lab, by hand, and its place in a document."""
-
-import pytest
+"""The table of rewards in the preference lab, by hand."""
 
 
 def run(*totals: float, judged: int = 0) -> dict:
@@ -8,15 +6,16 @@ def run(*totals: float, judged: int = 0) -> dict:
     return {"sft": {"total": 0.6}, "rounds": [{"total": total} for total in totals], "reward": reward}
 
 
-def test_claims_with_a_control_and_a_gap(load_tool, tmp_path):
+def test_claims_with_a_control_and_a_gap(load_tool):
     """The judge gains 40 points. The model gains 32 and 34 of them, and the labels alone 28 and 34."""
-    tool = load_tool("lab/rewards")
+    tool = load_tool("lab_rewards")
     shared = {"judge": run(0.4, 0.2)}
     results = {
         2: shared | {"model": run(0.5, 0.28, judged=17), "labelled": run(0.32), "benchmark": {"pearson": -0.4}},
         3: shared | {"model": run(0.26, judged=17), "labelled": run(0.26)},
     }
-    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in tool.make_table(results)}
+    lines = load_tool("lab_driver").make_table(tool.ROWS, results)
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
     # Student's t for one degree of freedom is 12.706, and the standard error of two values half their difference.
     assert rows["share of the judge's gain, %: >= 80"] == ["80.0", "85.0", "82.5 (50.7 to 114.3)", "yes"]
     below = rows["points below the same labels without a model: >= 3"]
@@ -24,11 +23,3 @@ def test_claims_with_a_control_and_a_gap(load_tool, tmp_path):
     assert rows["share of the judge's calls, %"][:2] == ["17.0", "17.0"]
     (benchmark,) = [cells for text, cells in rows.items() if text.startswith("**Benchmark**")]
     assert benchmark == ["-0.40", "", "", "**no** (1 of 2 seeds)"]
-
-    document = tmp_path / "lab.md"
-    document.write_text(f"before\n{tool.START}\nold\n{tool.END}\nafter\n")
-    tool.write_document(document, ["| a |", "|---|"])
-    assert document.read_text() == f"before\n{tool.START}\n\n| a |\n|---|\n\n{tool.END}\nafter\n"
-    document.write_text("no marks")
-    with pytest.raises(ValueError, match="between which the table belongs"):
-        tool.write_document(document, [])
