@@ -6,6 +6,7 @@
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
 # make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
+# make lab           what is claimed of pairs, losses, votes, rebirth and feedback, on 3 seeds next to controls; update docs/lab.md
 # make lab-rewards   what is claimed of reward models, on 3 seeds next to controls; update docs/lab.md: an estimated 90 minutes
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
 # make gpu-check     check and measure the GPU path at 7B shapes, on one GPU with 80 GiB or more (not run yet)
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 EXACTNESS_TESTS := tests/test_parity.py tests/model/test_qwen3_vl.py tests/model/test_d_orca.py tests/caption/test_omni.py \
 	tests/caption/test_generic.py
 
-.PHONY: image image-cuda setup test test-slow exactness test-resume fuzz docs lint mrdpo proof ablation lab-rewards bench gpu-check tiny clean
+.PHONY: image image-cuda setup test test-slow exactness test-resume fuzz docs lint mrdpo proof ablation lab lab-rewards bench gpu-check tiny clean
 
 setup: $(VENV)/installed
 
@@ -54,8 +55,11 @@ proof: setup
 ablation: setup
 	$(BIN)/python tools/ablation.py --seeds 2 3 4 --jobs $(PROCESSES)
 
+lab: setup
+	$(BIN)/python tools/lab_selection.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md
+
 lab-rewards: setup
-	$(BIN)/python tools/lab/rewards.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md
+	$(BIN)/python tools/lab_rewards.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md
 
 test-resume: setup
 	$(BIN)/python tools/resume.py --num-kills 20 --processes 1 2

@@ -159,11 +159,12 @@ PARTS: dict[str, Part] = {
 }  # fmt: skip
 GROUPS: dict[str, Sequence[str]] = {
     "subset": (BASE, "pairs", "best_quarter", "random_quarter", "votes_random", "votes_full", "votes_one_a_clip",
-               "votes_margin", "votes_diverse", "margin_quarter"),
-    "losses": tuple(LOSSES),
-    "grpo": ("grpo",),
+               "votes_margin"),
     "feedback": ("feedback",),
     "game": ("game",),
+    "losses": tuple(LOSSES),
+    "terms": ("votes_diverse", "margin_quarter"),
+    "grpo": ("grpo",),
     "votes": ("noisy_400", "noisy_130", "noisy_50", "noisy_400_robust", "long_400"),
     "rounds": ("all_rounds", "best_rounds"),
     "tailor": ("tailor_none", "tailor_teacher", "tailor_random"),
