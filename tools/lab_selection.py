@@ -339,7 +339,7 @@ ROWS = (
     Row("control: `random` below `none`, points", below("tailor_random", "tailor_none")),
     Row("QA accuracy of `teacher` below `none`, points: <= 0.5", below("tailor_teacher", "tailor_none", "qa_accuracy"),
         lambda points: points <= 0.5),
-    *(Row(f"{title} in the interval, % of 40 folders: 93 to 97", covered(name), lambda share: 93 <= share <= 97)
+    *(Row(f"{title} in the interval, % of 40 folders: >= 90 (nominal 95)", covered(name), lambda share: share >= 90)
       for title, name in PLANTED.items()),
     Row("final Total with the best draft below that with the poor one, points: >= 5",
         difference(final_total("poor"), final_total("best")), lambda points: points >= 5),
