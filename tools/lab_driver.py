@@ -271,11 +271,12 @@ def judge(row: Row, values: Sequence[float], *, num_seeds: int) -> str:
         return "not run"
     if row.holds is None:
         return "" if len(values) == num_seeds else f"({len(values)} of {num_seeds} seeds)"
-    num_seeds_that_hold = sum(map(row.holds, values))
-    if not row.holds(fmean(values)):
+    # A difference of rates may be just below a whole number by rounding.
+    holding = sum(row.holds(round(value, 6)) for value in values)
+    if not row.holds(round(fmean(values), 6)):
         verdict = "**no**"
-    elif num_seeds_that_hold < len(values):
-        verdict = f"in the mean, on {num_seeds_that_hold} of {len(values)} seeds"
+    elif holding < len(values):
+        verdict = f"in the mean, on {holding} of {len(values)} seeds"
     else:
         verdict = "yes"
     return verdict if len(values) == num_seeds else f"{verdict} ({len(values)} of {num_seeds} seeds)"

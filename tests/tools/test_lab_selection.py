@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from salmonn.config import parse_config
+from salmonn.preference.losses import LossConfig
 from salmonn.records import Caption, Event, Reference, Score, write_json
 from salmonn.train.mrdpo import MrDpoConfig
 
@@ -13,18 +14,21 @@ def tool(load_tool):
     return load_tool("lab_selection")
 
 
-def test_every_arm_has_a_configuration(tool, tmp_path):
-    """Flags of all runs of mrDPO are accepted; arms with the settings of the base differ in their pairs."""
-    arms = [name for name, part in tool.PARTS.items() if part.script == "recipes/mrdpo.py"]
-    configs = {
-        name: parse_config(MrDpoConfig, description="", args=tool.PARTS[name].flags(2, tmp_path)) for name in arms
-    }
-    assert {configs[name].fit.steps for name in arms} == {50}
-    assert {name: configs[name].rounds for name in ("all", "all_rounds", "tailor_random")} == {
-        "all": 1, "all_rounds": 3, "tailor_random": 3,
-    }  # fmt: skip
-    assert {name for name in arms if configs[name].rebirth} == {"tailor_none", "tailor_teacher", "tailor_random"}
-    assert configs["best_quarter"].subset.keep == 0.25 and configs["votes_full"].subset.keep is None
+def test_arms_have_configurations(tool, tmp_path):
+    """Flags of runs of mrDPO are accepted, and arms differ in what they are about."""
+    losses = [
+        parse_config(LossConfig, description="", args=[flag.replace("--loss.", "--") for flag in flags])
+        for flags in tool.LOSSES.values()
+    ]
+    assert [loss.kind for loss in losses] == ["sigmoid", *list(tool.LOSSES)[1:]] and losses[0].beta == 1e-6
+    best, teacher, nash, grpo = (
+        parse_config(MrDpoConfig, description="", args=tool.PARTS[name].flags(2, tmp_path))
+        for name in ("best_quarter", "tailor_teacher", "nash", "grpo")
+    )
+    assert best.subset.keep == 0.25 and best.rounds == 1 and best.rebirth is None and best.fit.steps == 50
+    assert teacher.rebirth.tailor == "teacher" and teacher.rounds == 3 and teacher.subset.keep is None
+    assert (nash.round_loss.beta, nash.reference_policy) == (pytest.approx(0.3), "mixed")
+    assert (grpo.loss.kind, grpo.fit.batch_size, grpo.loss.ce_weight) == ("grpo", 8, 0)
     assert {name for group in tool.GROUPS.values() for name in group} == set(tool.PARTS)
     assert set(tool.TITLES) == {name for name in tool.PARTS if name not in ("pairs", "game", "feedback")}
 
