@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from scipy import stats
 
-from salmonn.records import read_json
+from salmonn.files import read_json
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "ablation.yaml"

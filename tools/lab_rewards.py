@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lab_driver import Lab, Part, Results, Row, copy_results, difference, loop_flags, run_folder, run_lab
 
-from salmonn.records import atomic_folder, write_text
+from salmonn.files import atomic_folder, write_text
 from salmonn.train.run_steps import SETTINGS_NAME
 
 NUM_LABELLED = 39  # of 230 clips in all three rounds: as many of the judge's calls as the reward model takes

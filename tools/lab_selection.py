@@ -15,7 +15,7 @@ from typing import Any
 
 from lab_driver import Lab, Part, Results, Row, copy_results, difference, loop_flags, run_folder, run_lab
 
-from salmonn.records import atomic_folder
+from salmonn.files import atomic_folder
 from salmonn.train.data import CLIPS_NAME
 from salmonn.train.run_steps import SETTINGS_NAME
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import write_json
+from salmonn.files import write_json
 from tests.limits import STEP_SECONDS, wait_until
 
 # Notes that it runs, fails if there is a file FAIL_<name>, waits if there is a file WAIT, and writes its result last.

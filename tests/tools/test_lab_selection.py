@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from salmonn.config import parse_config
+from salmonn.files import write_json
 from salmonn.preference.losses import LossConfig
-from salmonn.records import Caption, Event, Reference, Score, write_json
+from salmonn.records import Caption, Event, Reference, Score
 from salmonn.train.mrdpo import MrDpoConfig
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from salmonn.records import read_json, write_json
+from salmonn.files import read_json, write_json
 from salmonn.synthetic.raters import SOUND_FORMS
 
 Numbers = NDArray[np.float64]

@@ -15,19 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import get_args
 
+from salmonn.files import atomic_folder, read_records, write_json, write_records
 from salmonn.preference.rating import Rating
 from salmonn.preference.selection import RatedCaption
 from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
-from salmonn.records import (
-    Caption,
-    Comparison,
-    Reference,
-    Score,
-    atomic_folder,
-    read_records,
-    write_json,
-    write_records,
-)
+from salmonn.records import Caption, Comparison, Reference, Score
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.raters import Rater, VoterKind, caption_traits, main_sound_form, make_voter
 from salmonn.train.rounds import PAIRS_NAME

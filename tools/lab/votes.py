@@ -17,8 +17,8 @@ from typing import get_args
 
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.files import write_json
 from salmonn.model.loading import Placement
-from salmonn.records import write_json
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import VoterKind
 from salmonn.synthetic.render import SynthConfig
