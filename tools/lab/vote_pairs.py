@@ -18,7 +18,7 @@ from typing import get_args
 from salmonn.files import atomic_folder, read_records, write_json, write_records
 from salmonn.preference.rating import Rating
 from salmonn.preference.selection import RatedCaption
-from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
+from salmonn.preference.subset import PairImportance, SubsetConfig, rank_pairs
 from salmonn.records import Caption, Comparison, Reference, Score
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.raters import Rater, VoterKind, caption_traits, main_sound_form, make_voter
@@ -124,12 +124,16 @@ def choose(
         best.setdefault(pair.video, pair)
     diverse = rank_pairs(pairs, SubsetConfig(keep=keep, quality_weight=0.0))
     full = rank_pairs(pairs, SubsetConfig(keep=keep), qualities=qualities)
+
+    def ranked(importances: Sequence[PairImportance]) -> list[Comparison]:
+        return [pair for pair, importance in zip(pairs, importances, strict=True) if importance.rank]
+
     return {
         "votes_random": random.Random(f"pairs {seed}").sample(list(pairs), keep),
         "votes_margin": by_margin[:keep],
         "votes_one_a_clip": list(best.values())[:keep],
-        "votes_diverse": keep_pairs(pairs, diverse),
-        "votes_full": keep_pairs(pairs, full),
+        "votes_diverse": ranked(diverse),
+        "votes_full": ranked(full),
     }
 
 
