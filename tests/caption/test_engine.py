@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -100,7 +101,8 @@ def test_long_prompts_are_prefilled_one_at_a_time(engine, model, videos, monkeyp
 
 def test_samples_of_a_request_are_admitted_together(engine, model, videos, monkeypatch):
     """One of 4 rows is occupied: 4 samples wait until it is free, since they share their prefix."""
-    monkeypatch.setattr(engine, "batch_size", 4)
+    scheduler = engine._scheduler
+    monkeypatch.setattr(scheduler, "limits", replace(scheduler.limits, num_rows=4))
     recorders = [EventRecorder(), EventRecorder()]
     model.gate.clear()
     engine.submit(CaptionRequest(videos[0], sampling=FREE), on_event=recorders[0])
