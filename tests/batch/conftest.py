@@ -1,7 +1,9 @@
 """The files of a run, videos, the command that captions them, and servers of remote files."""
 
 import os
+from pathlib import Path
 
+import av
 import fsspec
 import pytest
 
@@ -18,12 +20,26 @@ def files(tmp_path):
     return LedgerFiles(tmp_path / "captions.jsonl")
 
 
+@pytest.fixture(scope="session")
+def short_videos(videos, tmp_path_factory) -> list[Path]:
+    """Paths of the first 2 seconds of the five clips: their packets are copied."""
+    folder = tmp_path_factory.mktemp("short")
+    for video in videos:
+        with av.open(str(video)) as whole, av.open(str(folder / video.name), "w") as part:
+            streams = {stream.index: part.add_stream_from_template(stream) for stream in whole.streams}
+            for packet in whole.demux():
+                if packet.dts is not None and packet.pts * packet.time_base < 2:
+                    packet.stream = streams[packet.stream.index]
+                    part.mux(packet)
+    return [folder / video.name for video in videos]
+
+
 @pytest.fixture
-def folder(videos, tmp_path):
-    """The five clips, each under two names."""
+def folder(short_videos, tmp_path):
+    """Three short clips, each under two names."""
     folder = tmp_path / "clips"
     (folder / "more").mkdir(parents=True)
-    for number, video in enumerate(videos):
+    for number, video in enumerate(short_videos[:3]):
         os.link(video, folder / f"{number}.mp4")
         (folder / "more" / f"{number}.mp4").write_bytes(video.read_bytes())
     return folder
@@ -31,11 +47,11 @@ def folder(videos, tmp_path):
 
 @pytest.fixture
 def caption(call, random_model, tmp_path):
-    """Run the command and return exit code and stderr."""
+    """Run the command and return exit code and stderr. It reads videos in this process, unless told otherwise."""
 
     def caption(*args: object, out: str = "captions.jsonl") -> tuple[int, str]:
-        model = ("--model", random_model, "--max-new-tokens", 6, "--workers", 1)
-        code, _, err = call("caption", *args, "--out", tmp_path / out, *model)
+        model = ("--model", random_model, "--max-new-tokens", 6, "--workers", 0)
+        code, _, err = call("caption", *model, *args, "--out", tmp_path / out)
         return code, err
 
     caption.model = ("--model", random_model, "--max-new-tokens", 6)

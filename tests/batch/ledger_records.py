@@ -53,4 +53,4 @@ def names(out: Path, kind: type = Caption) -> list[str]:
 
 
 # Of the videos of the fixture `folder`.
-EACH_ONCE = sorted(f"{room}/{number}.mp4" for room in ("clips", "more") for number in range(5))
+EACH_ONCE = sorted(f"{room}/{number}.mp4" for room in ("clips", "more") for number in range(3))

@@ -56,7 +56,7 @@ def test_out_may_name_a_table(folder, caption, tmp_path, name):
     table = (tmp_path / f"captions.{name}").read_bytes()
     assert table.startswith({"csv": b"video,text,", "parquet": b"PAR1"}[name])
     code, err = caption(folder, out=f"captions.{name}")
-    assert code == 0 and "10 videos already done" in err and (tmp_path / f"captions.{name}").read_bytes() == table
+    assert code == 0 and "6 videos already done" in err and (tmp_path / f"captions.{name}").read_bytes() == table
 
 
 def test_captions_on_stdout(folder, call, random_model, tmp_path, monkeypatch):
@@ -68,16 +68,16 @@ def test_captions_on_stdout(folder, call, random_model, tmp_path, monkeypatch):
     assert code == 1 and err.startswith("failed: ") and err.count("\n") == 1 and "bad.mp4" in err
     assert list(tmp_path.iterdir()) == [folder]
     assert call(*args, "--out", "captions.jsonl")[1] == ""
-    assert out == (tmp_path / "captions.jsonl").read_text() and out.count("\n") == 10
+    assert out == (tmp_path / "captions.jsonl").read_text() and out.count("\n") == 6
 
 
 def test_quiet(folder, caption):
-    assert caption(folder, "--quiet", "--export", "csv") == (0, "")
+    assert caption(folder, "--quiet", "--export", "csv", "--workers", 1) == (0, "")
 
 
 def test_limit(folder, caption, tmp_path):
     """Each run captions at most N more."""
-    for expected in (4, 8, 10):
+    for expected in (4, 6):
         assert caption(folder, "--limit", 4)[0] == 0
         assert len(names(tmp_path / "captions.jsonl")) == expected
     code, err = caption("--retry-failed", "--limit", 4)
@@ -90,7 +90,7 @@ def test_a_dry_run_counts_and_writes_nothing(folder, call, caption, tmp_path):
     args = ("caption", folder, "--out", tmp_path / "new" / "captions.jsonl", "--dry-run")
     code, out, err = call(*args)
     assert code == 0 and not err and sorted(tmp_path.rglob("*")) == before
-    assert out == "would caption 10 videos (0.00 GiB) of 10\n1 file skipped because of the suffix: 1 .txt\n"
+    assert out == "would caption 6 videos (0.00 GiB) of 6\n1 file skipped because of the suffix: 1 .txt\n"
     assert call(*args, "--limit", 3)[1].startswith("would caption 3 videos")
     assert caption(folder, "--limit", 4)[0] == 0
     code, out, _ = call(
@@ -101,11 +101,11 @@ def test_a_dry_run_counts_and_writes_nothing(folder, call, caption, tmp_path):
         "--dry-run",
         *caption.model,  # the same settings
     )
-    assert code == 0 and "would caption 6 videos" in out and "of 10\n4 videos already done, skipped\n" in out
+    assert code == 0 and "would caption 2 videos" in out and "of 6\n4 videos already done, skipped\n" in out
     os.truncate(tmp_path / "captions.jsonl", (tmp_path / "captions.jsonl").stat().st_size - 5)
     torn = (tmp_path / "captions.jsonl").read_bytes()
     out = call("caption", folder, "--out", tmp_path / "captions.jsonl", "--dry-run", *caption.model)[1]
-    assert "would caption 7 videos" in out and (tmp_path / "captions.jsonl").read_bytes() == torn
+    assert "would caption 3 videos" in out and (tmp_path / "captions.jsonl").read_bytes() == torn
 
 
 def test_frames(folder, caption, tmp_path):
@@ -120,15 +120,14 @@ def test_frames(folder, caption, tmp_path):
 
 def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
     """Each segment is a cue; the subtitle folder mirrors the folder of the videos."""
-    code, _ = caption(folder / "0.mp4", "--segments", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
+    code, _ = caption(folder / "0.mp4", "--segments", 1, "--export", "srt", "vtt", "txt", "csv", "parquet",
                       "--subtitle-dir", tmp_path / "subs")  # fmt: skip
     captions = read_records(tmp_path / "captions.jsonl", Caption)
-    assert code == 0 and len(captions) >= 2
-    assert [one.start_seconds for one in captions] == [2.0 * number for number in range(len(captions))]
+    assert code == 0 and [one.start_seconds for one in captions] == [0.0, 1.0]
     srt = (tmp_path / "subs" / str(folder).lstrip("/") / "0.srt").read_text()
     times = [tuple(map(float, re.findall(r"(\d\d)[,\n]", line))) for line in srt.splitlines() if "-->" in line]
     assert srt.count(" --> ") == len(captions) and times
-    assert "00:00:00,000 --> 00:00:02,000" in srt and captions[0].text.split()[0] in srt
+    assert "00:00:00,000 --> 00:00:01,000" in srt and captions[0].text.split()[0] in srt
     assert (tmp_path / "captions.csv").exists() and (tmp_path / "captions.parquet").exists()
     assert not list(folder.glob("*.srt"))
 
@@ -142,7 +141,7 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert failure.stage == "write" and failure.video == str(folder / "1.mp4")
     assert len(read_records(tmp_path / "captions.jsonl", Caption)) == 4
     ends = [one.end_seconds for one in read_records(tmp_path / "captions.jsonl", Caption)]
-    assert all(end and end > 1 for end in ends)
+    assert all(end and 1.5 < end < 2.5 for end in ends)
     # The next run reports it, too.
     code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
     assert code == 1 and "3 videos already done, skipped" in err

@@ -105,9 +105,9 @@ def test_parquet_files_of_bytes(tmp_path):
     assert list(fetched(plain).values()) == [b"first", b"second"]
 
 
-def test_rows_of_another_column_are_other_videos(videos, caption, call, tmp_path):
+def test_rows_of_another_column_are_other_videos(short_videos, caption, call, tmp_path):
     """Rows are named by numbers, so the videos of two columns have the same names."""
-    columns = {name: [Path(path).read_bytes()] for name, path in zip(("video", "other"), videos, strict=False)}
+    columns = {name: [Path(path).read_bytes()] for name, path in zip(("video", "other"), short_videos, strict=False)}
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     assert caption(tmp_path / "t.parquet")[0] == 0
     code, err = caption(tmp_path / "t.parquet", "--column", "other")

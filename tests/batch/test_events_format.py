@@ -12,6 +12,8 @@ from salmonn.score.formats import read_scores
 from salmonn.score.structured import schema_text
 from tests.score.fake_llm_server import Answer, FakeLLMServer
 
+pytestmark = pytest.mark.usefixtures("written_probe_clips")
+
 
 def answer_of(end):
     """An answer with a circle up to a time, and a tone in the second before it."""
@@ -50,7 +52,8 @@ def server():
 def run(call, tmp_path, server, videos):
     def run(*flags):
         model = ("--server", server.url, "--server-model", "m", "--server-input", "frames", "--allow-deaf")
-        return call("caption", videos[0], "--out", tmp_path / "captions.jsonl", "--format", "events", *model, *flags)
+        args = (videos[0], "--out", tmp_path / "captions.jsonl", "--format", "events", "--workers", 0)
+        return call("caption", *args, *model, *flags)
 
     return run
 

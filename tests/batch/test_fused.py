@@ -95,13 +95,13 @@ def server():
 def test_the_command_fuses_by_rule(folder, caption, tmp_path, call):
     """The segments' captions are finished first; the same command again only reports."""
     video = folder / "0.mp4"
-    code, err = caption(video, "--segments", 2, "--fuse")
+    code, err = caption(video, "--segments", 1, "--fuse")
     assert code == 0 and "1 video fused in" in err and "0 failed" in err
     segments = read_records(tmp_path / "captions.jsonl", Caption)
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     assert fused.video == str(video) and fused.end_seconds == segments[-1].end_seconds
     assert all(one.text in fused.text for one in segments) and fused.fusion.num_segments == len(segments) > 1
-    code, err = caption(video, "--segments", 2, "--fuse", "rule")
+    code, err = caption(video, "--segments", 1, "--fuse", "rule")
     assert code == 0 and "0 videos fused" in err and "1 there already" in err
     assert call("export", tmp_path / "captions.fused.jsonl", "--to", tmp_path / "fused.csv")[0] == 0
     assert json.loads(json.dumps(fused.text))[:20] in (tmp_path / "fused.csv").read_text()
@@ -110,11 +110,11 @@ def test_the_command_fuses_by_rule(folder, caption, tmp_path, call):
 def test_a_fused_caption_has_trigger_and_templates_once(folder, caption, tmp_path):
     """As the caption of a whole video has; {duration} is that of the video."""
     shape = ("--template", "{trigger}: {caption}", "--trigger", "ohwx", "--suffix", " ({name}, {duration} s)")
-    code, err = caption(folder / "0.mp4", "--segments", 2, "--fuse", *shape)
+    code, err = caption(folder / "0.mp4", "--segments", 1, "--fuse", *shape)
     assert code == 0, err
     segments = read_records(tmp_path / "captions.jsonl", Caption)
     bare = [one.shaping["caption"].bare for one in segments]
-    assert [one.text for one in segments[:2]] == [f"ohwx: {text} (0, 2 s)" for text in bare[:2]]
+    assert [one.text for one in segments[:2]] == [f"ohwx: {text} (0, 1 s)" for text in bare[:2]]
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     assert fused.text.startswith(f"ohwx: At 0:00: {bare[0].strip()}\n") and fused.text.count("ohwx") == 1
     assert fused.text.endswith(f" (0, {round(fused.end_seconds, 1):g} s)") and fused.text.count("(0, ") == 1
@@ -125,14 +125,14 @@ def test_the_command_fuses_by_a_text_model(folder, caption, tmp_path, server, mo
     monkeypatch.setenv("HOME", str(tmp_path))
     write_clip_captions(folder / "0.mp4", tmp_path, caption)
     flags = ("--fuse", "text-model", "--fuse-server", server.url, "--fuse-model", "m")
-    code, err = caption(folder / "0.mp4", "--segments", 2, *flags)
+    code, err = caption(folder / "0.mp4", "--segments", 0.5, *flags)
     assert code == 0 and len(server.requests) == 1
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     assert fused.fusion.writer == "m" and "disappears" not in fused.text
     moved = ("--fuse", "text-model", "--fuse-server", "http://localhost:9/v1", "--fuse-model", "m")
-    code, err = caption(folder / "0.mp4", "--segments", 2, *moved)
+    code, err = caption(folder / "0.mp4", "--segments", 0.5, *moved)
     assert code == 0 and "1 there already" in err
-    code, err = caption(folder / "0.mp4", "--segments", 2, *flags, "--fuse-judge", "rule")
+    code, err = caption(folder / "0.mp4", "--segments", 0.5, *flags, "--fuse-judge", "rule")
     assert code == 0 and "0 lost, 0 changed; 0 added" in err and len(server.requests) == 2  # the first is remembered
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     assert "disappears" in fused.text and fused.fusion.num_requests == 2
@@ -144,7 +144,7 @@ def test_a_server_that_refuses_the_key_ends_the_run(folder, caption, tmp_path, m
     server = FakeLLMServer(lambda request, number: Answer("wrong key", status=401))
     try:
         flags = ("--fuse-judge", "openai", "--fuse-server", server.url, "--fuse-model", "m")
-        code, err = caption(folder / "0.mp4", folder / "1.mp4", "--segments", 2, "--fuse", *flags)
+        code, err = caption(folder / "0.mp4", folder / "1.mp4", "--segments", 1, "--fuse", *flags)
     finally:
         server.close()
     assert code == 2 and "requires an API key" in err and "is not fused" not in err
@@ -154,7 +154,7 @@ def test_a_server_that_refuses_the_key_ends_the_run(folder, caption, tmp_path, m
 
 def write_clip_captions(video, tmp_path, caption):
     """Caption a video in segments, and put texts that the rule judge can read instead of the random model's."""
-    assert caption(video, "--segments", 2)[0] == 0
+    assert caption(video, "--segments", 0.5)[0] == 0
     captions = read_records(tmp_path / "captions.jsonl", Caption)
     texts = [
         "A red circle appears.",
@@ -171,7 +171,7 @@ def write_clip_captions(video, tmp_path, caption):
 def test_the_captioning_model_fuses(folder, call, tmp_path):
     """It is asked once about the whole video, with the captions of the segments in the prompt."""
     out = tmp_path / "captions.jsonl"
-    code, _, err = call("caption", folder / "0.mp4", "--out", out, "--segments", 2, "--fuse", "model", "--workers", 1)
+    code, _, err = call("caption", folder / "0.mp4", "--out", out, "--segments", 1, "--fuse", "model", "--workers", 0)
     assert code == 0, err
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     (first, *_) = read_records(out, Caption)
@@ -181,8 +181,8 @@ def test_the_captioning_model_fuses(folder, call, tmp_path):
 def test_a_served_model_fuses_as_it_captions(folder, serve, call, tmp_path):
     """One client for both: one probe, and one budget; requests have the run's modality, frames and sampling."""
     server = serve(lambda request, number: Answer(f"{describe(request)}, {number}"))
-    flags = ["--server", server.url, "--server-model", "m", "--server-input", "frames", "--workers", 1]
-    flags += ["--modality", "visual", "--frames", 3, "--segments", 2, "--temperature", 0.5, "--max-new-tokens", 2000]
+    flags = ["--server", server.url, "--server-model", "m", "--server-input", "frames", "--workers", 0]
+    flags += ["--modality", "visual", "--frames", 3, "--segments", 1, "--temperature", 0.5, "--max-new-tokens", 2000]
     out = tmp_path / "captions.jsonl"
     code, _, err = call("caption", folder / "0.mp4", "--out", out, *flags)
     assert code == 0, err
@@ -205,8 +205,8 @@ def test_a_served_model_fuses_as_it_captions(folder, serve, call, tmp_path):
 def test_the_captioning_model_fuses_members_of_archives(folder, call, tmp_path):
     with tarfile.open(tmp_path / "clips.tar", "w") as archive:
         archive.add(folder / "0.mp4", "0.mp4")
-    flags = ("--out", tmp_path / "captions.jsonl", "--segments", 2, "--fuse", "model", "--scratch-dir", tmp_path)
-    code, _, err = call("caption", tmp_path / "clips.tar", *flags, "--workers", 1)
+    flags = ("--out", tmp_path / "captions.jsonl", "--segments", 1, "--fuse", "model", "--scratch-dir", tmp_path)
+    code, _, err = call("caption", tmp_path / "clips.tar", *flags, "--workers", 0)
     assert code == 0, err
     (fused,) = read_records(tmp_path / "captions.fused.jsonl", Caption)
     assert fused.video == f"{tmp_path / 'clips.tar'}::0.mp4" and fused.fusion.num_requests == 1
@@ -216,7 +216,7 @@ def test_the_captioning_model_fuses_members_of_archives(folder, call, tmp_path):
 def test_a_text_that_is_cut_off_is_a_failure(folder, call, tmp_path):
     """So is a file that has been deleted; the next run tries again."""
     video, out = folder / "0.mp4", tmp_path / "captions.jsonl"
-    command = ("--out", out, "--segments", 2, "--fuse", "model", "--workers", 1)
+    command = ("--out", out, "--segments", 1, "--fuse", "model", "--workers", 0)
     code, _, err = call("caption", video, *command, "--fuse-max-new-tokens", 2)
     assert code == 1 and "was cut off at 2 tokens; increase --fuse-max-new-tokens" in err
     video.rename(tmp_path / "moved.mp4")

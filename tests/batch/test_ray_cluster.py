@@ -91,14 +91,17 @@ def fake_ray(monkeypatch):
 
 
 def test_blocks_of_an_actor_are_captioned_as_without_ray(folder, random_model, tmp_path, call, fake_ray):
+    """Seven files are three blocks."""
+    for path in sorted(folder.iterdir())[:23]:
+        path.unlink()
     results = []
     for name, more in (("ray", ("--engine", "ray", "--ray-actors", 1)), ("local", ())):
         out = tmp_path / f"{name}.jsonl"
-        args = ("caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 4, "--workers", 1)
+        args = ("caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 4, "--workers", 0)
         code, _, err = call(*args, *more)
         assert code == 1 and "1 video failed" in err and "29.mp4" in err  # the broken file
         results.append({caption.video: caption for caption in read_records(out, Caption)})
-    assert results[0] == results[1] and len(results[0]) == 29
+    assert results[0] == results[1] and len(results[0]) == 6
 
 
 @pytest.mark.slow

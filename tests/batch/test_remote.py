@@ -144,10 +144,10 @@ def signing():
     server.close()
 
 
-def test_a_newly_signed_list_captions_only_what_is_left(videos, caption, signing, tmp_path, monkeypatch):
+def test_a_newly_signed_list_captions_only_what_is_left(short_videos, caption, signing, tmp_path, monkeypatch):
     """Videos and an archive; one signature expires between listing and fetching, and is not in any file."""
-    members = {"x.mp4": videos[1].read_bytes()}
-    signing.files = {f"/{number}.mp4": videos[number].read_bytes() for number in (0, 2)} | {"/s.tar": tar_of(members)}
+    first, archived, third = (video.read_bytes() for video in short_videos[:3])
+    signing.files = {"/0.mp4": first, "/2.mp4": third, "/s.tar": tar_of({"x.mp4": archived})}
     names = ("0.mp4", "2.mp4", "s.tar")
 
     def sign(signature: str, *named: str) -> list[str]:
@@ -279,11 +279,13 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_remote_files_are_captioned_once_through_kills_and_changes(videos, bucket, caption, random_model, tmp_path):
+def test_remote_files_are_captioned_once_through_kills_and_changes(
+    short_videos, bucket, caption, random_model, tmp_path
+):
     """Five videos of a bucket and two in an archive there: killed, resumed, and captioned again where changed."""
-    for number, video in enumerate(videos):
+    for number, video in enumerate(short_videos):
         bucket.put_file(str(video), f"bucket/clips/{number}.mp4")
-    shard = tar_of({f"{number}.mp4": videos[number].read_bytes() for number in (0, 1)})
+    shard = tar_of({f"{number}.mp4": short_videos[number].read_bytes() for number in (0, 1)})
     bucket.pipe("bucket/shard-00.tar", shard)
     bucket.pipe("bucket/clips/broken.mp4", b"broken")
     scratch = tmp_path / "scratch"
@@ -310,22 +312,22 @@ def test_remote_files_are_captioned_once_through_kills_and_changes(videos, bucke
     assert str(scratch) not in failure.reason
     # Nothing is left to do; then one object changes, and the broken one is repaired.
     assert "nothing to do" in caption(*args)[1]
-    bucket.put_file(str(videos[1]), "bucket/clips/0.mp4")
-    bucket.put_file(str(videos[0]), "bucket/clips/broken.mp4")
+    bucket.put_file(str(short_videos[1]), "bucket/clips/0.mp4")
+    bucket.put_file(str(short_videos[0]), "bucket/clips/broken.mp4")
     assert caption(*args, "--retry-failed")[0] == 0
     assert caption(*args)[0] == 0
     again = [one.video for one in read_records(out, Caption)[7:]]
     assert again == ["s3://bucket/clips/broken.mp4", "s3://bucket/clips/0.mp4"]
 
 
-def test_the_captions_are_those_of_local_files(videos, caption, tmp_path):
+def test_the_captions_are_those_of_local_files(short_videos, caption, tmp_path):
     """The seed follows from the name alone, so with the likeliest words the texts are equal."""
     store = fsspec.filesystem("memory")
-    for number, video in enumerate(videos):
+    for number, video in enumerate(short_videos):
         store.put_file(str(video), f"/clips/{number}.mp4")
         (tmp_path / f"{number}.mp4").write_bytes(video.read_bytes())
-    room = 1.5 * max(video.stat().st_size for video in videos) / (1 << 30)  # for one or two at a time
-    options = ("--segments", 2, "--scratch-gib", room)
+    room = 1.5 * max(video.stat().st_size for video in short_videos) / (1 << 30)  # for one or two at a time
+    options = ("--segments", 1, "--scratch-gib", room)
     code, err = caption("memory://clips", *options)
     assert code == 0, err
     assert caption(tmp_path, *options, out="local.jsonl")[0] == 0
@@ -337,9 +339,9 @@ def test_the_captions_are_those_of_local_files(videos, caption, tmp_path):
     store.rm("/clips", recursive=True)
 
 
-def test_subtitles_of_remote_videos_need_a_folder(videos, caption, tmp_path, call):
+def test_subtitles_of_remote_videos_need_a_folder(short_videos, caption, tmp_path, call):
     store = fsspec.filesystem("memory")
-    store.put_file(str(videos[0]), "/clips/a.mp4")
+    store.put_file(str(short_videos[0]), "/clips/a.mp4")
     code, err = caption("memory://clips", "--export", "srt")
     assert code == 2 and "subtitles are written next to local videos only, and memory://clips is remote; choose" in err
     code, err = caption("memory://clips", "--export", "srt", "--subtitle-dir", tmp_path / "subtitles")
@@ -348,11 +350,11 @@ def test_subtitles_of_remote_videos_need_a_folder(videos, caption, tmp_path, cal
     store.rm("/clips", recursive=True)
 
 
-def test_fields_are_those_of_the_remote_video(videos, caption, tmp_path):
+def test_fields_are_those_of_the_remote_video(short_videos, caption, tmp_path):
     """Not of the scratch file; and there is no text beside the video that {sidecar} could be."""
     store = fsspec.filesystem("memory")
-    store.put_file(str(videos[0]), "/pier/harbour.mp4")
-    (tmp_path / "c.tar").write_bytes(tar_of({"x/tug.mp4": videos[0].read_bytes()}))
+    store.put_file(str(short_videos[0]), "/pier/harbour.mp4")
+    (tmp_path / "c.tar").write_bytes(tar_of({"x/tug.mp4": short_videos[0].read_bytes()}))
     paths = ("memory://pier/harbour.mp4", tmp_path / "c.tar")
     code, err = caption(*paths, "--prompt", "{name} in {folder}?", "--suffix", " ({name})")
     assert code == 0, err

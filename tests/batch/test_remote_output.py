@@ -146,15 +146,15 @@ def test_runs_resume_from_the_store(folder, bucket, call, random_model, tmp_path
     code, _, err = call(*args, "--export", "csv")
     assert code == 0 and "3 videos already done, skipped" in err and f"uploaded to {url}" in err
     captions = [json.loads(line)["video"] for line in bucket.cat("bucket/out/captions.jsonl").splitlines()]
-    assert len(captions) == 10 == len(set(captions)) and bucket.cat("bucket/out/captions.csv").count(b"\n") >= 11
+    assert len(captions) == 6 == len(set(captions)) and bucket.cat("bucket/out/captions.csv").count(b"\n") >= 7
     # The two captions that the first machine had not uploaded are those that the other has made.
     monkeypatch.setenv("HOME", str(one))
     code, _, err = call(*args)
-    assert code == 0 and "10 videos already done" in err, err
+    assert code == 0 and "6 videos already done" in err, err
     # To start over leaves the old captions under another name, here and there.
     code, _, err = call(*args, "--overwrite", "--limit", 1)
     assert code == 0 and bucket.cat("bucket/out/captions.jsonl").count(b"\n") == 1
-    assert bucket.cat("bucket/out/captions.jsonl.old").count(b"\n") == 10
+    assert bucket.cat("bucket/out/captions.jsonl.old").count(b"\n") == 6
 
 
 def test_captions_in_a_dataset_on_the_hub(hub, tmp_path):

@@ -101,7 +101,7 @@ def test_thumbnails_are_of_the_middle(videos, tmp_path):
     """Of the whole clip, and of a part of it."""
     (tmp_path / "text.mp4").write_text("no video")
     whole = read_clip(videos[0], FixedRateSampler(frames_per_second=1e9, max_frames=999, side=96), audio=False)
-    with ClipReader(workers=1) as reader:
+    with ClipReader(workers=0) as reader:
         for start, end in ((None, None), (0.0, 1.0)):
             jpeg = submit_thumbnail(reader, videos[0], start_seconds=start, end_seconds=end).result()
             picture = Image.open(io.BytesIO(jpeg))

@@ -26,7 +26,7 @@ from tests.completions import complete
 
 DESCRIBE = PLAIN_PROMPTS["both"]
 
-SHORT = Sampling(max_new_tokens=12)
+SHORT = Sampling(max_new_tokens=6)
 
 
 def requests(paths, **options):
@@ -282,10 +282,11 @@ def test_clips_are_batched_by_length(captioner, videos, monkeypatch):
 
 def test_a_sample_depends_only_on_its_seed(captioner, videos):
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    videos = videos[:4]
     separate = [captioner.caption(video, sampling=sampling, seed=5 + index) for index, video in enumerate(videos)]
-    assert len({caption.text for caption in separate}) == 5
-    with ClipReader(workers=2) as reader:
-        for batch_size in (1, 3, 8):
+    assert len({caption.text for caption in separate}) == 4
+    with ClipReader(workers=1) as reader:
+        for batch_size in (1, 3):
             seeded = [CaptionRequest(video, sampling=sampling, seed=5 + index) for index, video in enumerate(videos)]
             assert list(captioner.caption_many(seeded, batch_size=batch_size, reader=reader)) == separate
         assert reader.waited_seconds > 0
@@ -302,7 +303,7 @@ def test_a_file_that_kills_its_worker_is_a_failure(captioner, videos, tmp_path, 
 
     monkeypatch.setattr("salmonn.caption.processor.ReadSpec", deadly.Deadly)
     paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
-    with ClipReader(workers=2) as reader:
+    with ClipReader(workers=1) as reader:
         results = list(captioner.caption_many(requests(paths), reader=reader))
     assert [result.video for result in results] == list(map(str, paths))
     assert isinstance(results[1], Failure) and "SIGKILL" in results[1].reason and str(paths[1]) in results[1].reason

@@ -31,7 +31,7 @@ def read(model, monkeypatch):
 
 @pytest.fixture
 def caching_engine(model):
-    with ClipReader(workers=1) as reader:
+    with ClipReader(workers=0) as reader:
         engine = Engine(model, reader, feature_cache_bytes=1 << 20)
         yield engine
         engine.close(grace_seconds=0)

@@ -51,15 +51,15 @@ def test_only_tokens_that_can_follow_are_allowed(captioner):
 
 @pytest.mark.parametrize("sampling", [TYPED, replace(TYPED, temperature=0.0, repetition_penalty=1.3)])
 def test_answers_follow_their_schema(captioner, media, sampling):
-    """Eight different samples, each with a grammar of its own, as rows end at different steps."""
-    answers = complete(captioner, media[:2], ["Tell.", "List the events."], sampling=sampling, num_samples=4)
+    """Four different samples, each with a grammar of its own, as rows end at different steps."""
+    answers = complete(captioner, media[:2], ["Tell.", "List the events."], sampling=sampling, num_samples=2)
     for answer in answers:
         check(answer.text)
         assert answer.finished
     if sampling.temperature:
-        assert len({answer.text for answer in answers}) > 4
+        assert len({answer.text for answer in answers}) > 2
     alone = complete(captioner, media[1:2], ["List the events."], sampling=sampling, num_samples=1, seeds=[1])
-    assert alone[0] == answers[4]
+    assert alone[0] == answers[2]
 
 
 def test_rows_with_and_without_a_schema_share_a_batch(captioner, media):

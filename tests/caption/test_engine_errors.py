@@ -20,7 +20,7 @@ FREE = Sampling(temperature=1.0, max_new_tokens=12)
 
 def test_a_failing_prefill_does_not_affect_the_batch(engine, model, videos):
     model.prefill_error = lambda size: IndexError("out of range") if size > 1 else None
-    long = Sampling(max_new_tokens=100)
+    long = Sampling(max_new_tokens=20)
     running, failed = EventRecorder(), EventRecorder()
     model.gate.clear()
     engine.submit(CaptionRequest(videos[0], sampling=long), on_event=running)

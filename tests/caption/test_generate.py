@@ -55,10 +55,10 @@ def decode_greedily(captioner, clip, *, steps: int) -> list[int]:
 
 
 def test_greedy_is_argmax_without_cache(captioner, media):
-    answers = [decode_greedily(captioner, clip, steps=15) for clip in media[:3]]
-    rows = [PromptRow(number, "Tell.") for number in range(3)]
-    assert token_ids(captioner, media[:3], sampling=Sampling(max_new_tokens=15), rows=rows) == answers
-    assert len({tuple(ids) for ids in answers}) == 3
+    answers = [decode_greedily(captioner, clip, steps=8) for clip in media[:2]]
+    rows = [PromptRow(number, "Tell.") for number in range(2)]
+    assert token_ids(captioner, media[:2], sampling=Sampling(max_new_tokens=8), rows=rows) == answers
+    assert answers[0] != answers[1]
 
 
 def test_an_answer_ends_at_a_stop_token(captioner, media):
@@ -175,7 +175,7 @@ def test_the_repetition_penalty_by_hand(request, videos, model):
     """
     captioner = request.getfixturevalue(model)
     network, processor = captioner.network, captioner.processor
-    media = [processor.read(video) for video in videos[:2]]
+    media = [processor.read(video, end_seconds=2.0) for video in videos[:2]]
     rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell me more of it.")]
     inputs = processor.collate(rows, media)
     sampling = Sampling(max_new_tokens=5, repetition_penalty=0.2)
@@ -231,19 +231,19 @@ def test_samples_share_their_prompt(captioner, published, videos, family):
     """One pass over each prompt, whatever its length; the samples equal those of rows computed without a cache."""
     captioner = Captioner.load(published(family)) if family else captioner
     captioner.network.prefill_chunk_tokens = 10**6
-    media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
+    media = [captioner.processor.read(video, end_seconds=end) for video, end in zip(videos, (2.5, 1), strict=False)]
     rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell it all in many words.")]
-    shapes = []
+    sampling, shapes = replace(SAMPLED, max_new_tokens=5), []
     layer = captioner.network.lm.get_decoder().layers[0]
     hook = layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
-    shared = token_ids(captioner, media, sampling=SAMPLED, rows=rows, num_samples=3, seed=5)
+    shared = token_ids(captioner, media, sampling=sampling, rows=rows, num_samples=3, seed=7)
     hook.remove()
     widths = captioner.processor.collate(rows, media).attention_mask.sum(1)
     # Both prompts except for their last tokens, which each of the 6 samples computes itself; then a token each.
     assert shapes[0] == (1, widths.sum() - 2 + 6) and set(shapes[1:]) == {(6, 1)}
     uniforms = [
-        [torch.from_numpy(np.random.default_rng([seed, sample]).random(10, dtype=np.float32)) for sample in range(3)]
-        for seed in (5, 6)
+        [torch.from_numpy(np.random.default_rng([seed, sample]).random(5, dtype=np.float32)) for sample in range(3)]
+        for seed in (7, 8)
     ]
     expected = [
         sample_without_cache(captioner, replace(row, clip=0), clip, uniforms=values)

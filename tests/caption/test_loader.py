@@ -154,13 +154,16 @@ def test_span_seconds(videos):
     assert ReadSpec(FixedRateSampler()).seconds(videos[0].parent) == 0
 
 
-@pytest.mark.parametrize(("end", "message"), [("SIGKILL", "memory"), ("SIGSEGV", "SIGSEGV"), ("exit", "exit code 3")])
-def test_a_dead_worker_fails_only_its_file(scripted, end, message):
-    clips = dict(chain(*read_all(["a", "b", end, "c", "d", end, "e"], scripted, workers=2, size=3)))
-    assert [clips[index] for index in (0, 1, 3, 4, 6)] == ["a", "b", "c", "d", "e"]
-    for index in (2, 5):
-        assert isinstance(clips[index], ValueError) and str(clips[index]).startswith(f"{end}: the worker process")
-        assert message in str(clips[index])
+def test_a_dead_worker_fails_only_its_file(scripted):
+    ends = {"SIGKILL": "memory", "SIGSEGV": "SIGSEGV", "exit": "exit code 3"}
+    names = ["a", "b", "SIGKILL", "c", "SIGSEGV", "exit", "d"]
+    clips = dict(chain(*read_all(names, scripted, workers=2, size=3)))
+    for index, name in enumerate(names):
+        if name in ends:
+            assert isinstance(clips[index], ValueError) and ends[name] in str(clips[index])
+            assert str(clips[index]).startswith(f"{name}: the worker process")
+        else:
+            assert clips[index] == name
 
 
 def test_a_worker_killed_while_idle_is_replaced(scripted):
@@ -231,20 +234,19 @@ from salmonn.media.frame_sampling import FixedRateSampler
 from scripted import ScriptedReadSpec
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if pytest runs in the background of a script
-with ClipReader(workers=2) as reader:
+with ClipReader(workers=1) as reader:
     read = ScriptedReadSpec(FixedRateSampler())
-    names = ("a", "b", "sleep", "sleep")
-    jobs = [ClipJob(index, CaptionRequest(Path(name)), read) for index, name in enumerate(names)]
+    jobs = [ClipJob(index, CaptionRequest(Path(name)), read) for index, name in enumerate(["a", "sleep"])]
     batches = reader.batches(jobs, size=1, finish=str)
-    next(batches), next(batches)
+    next(batches)
     print("reading", flush=True)
     next(batches)
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_parent(scripted, tmp_path, end):
-    """The parent is killed while its workers read for ten minutes."""
+    """The parent ends while its worker reads for ten minutes."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPING_READER],
         stdout=subprocess.PIPE,
@@ -254,7 +256,7 @@ def test_no_worker_outlives_its_parent(scripted, tmp_path, end):
     )
     assert process.stdout.readline() == "reading\n"
     workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
+    assert len(workers) == 1
     process.send_signal(end)
     process.communicate(timeout=RUN_SECONDS)
     _, alive = psutil.wait_procs(workers, timeout=STEP_SECONDS)

@@ -29,6 +29,8 @@ from tests.caption.served_model import content_of, describe, images_of, sound_of
 from tests.score.completions import FakeClock, use_fake_clock
 from tests.score.fake_llm_server import Answer, FakeLLMServer, model_list
 
+pytestmark = pytest.mark.usefixtures("written_probe_clips")
+
 GREEDY = Sampling(max_new_tokens=50)
 
 
@@ -244,7 +246,7 @@ def test_segments_and_files_that_cannot_be_read(serve, videos, tmp_path):
     server = serve(scripted())
     captioner = open_captioner(server)
     requests = [CaptionRequest(path, sampling=GREEDY) for path in (tmp_path / "broken.mp4", videos[0])]
-    with ClipReader(workers=1) as reader:
+    with ClipReader(workers=0) as reader:
         batches = captioner.caption_batches(requests, segments=FixedSegments(3.0), reader=reader)
         results = [one for batch in batches for one in batch]
     assert len(results) == 4 and len(server.requests) == 3

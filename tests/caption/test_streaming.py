@@ -23,7 +23,7 @@ SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)
 
 @pytest.mark.parametrize("sampling", [SHORT, SAMPLED])
 def test_streamed_text_is_the_caption(captioner, videos, sampling):
-    for seed, video in enumerate(videos[:3]):
+    for seed, video in enumerate(videos[:2]):
         deltas = list(captioner.stream(video, sampling=sampling, seed=seed))
         assert "".join(deltas) == captioner.caption(video, sampling=sampling, seed=seed).text
         assert len(deltas) > 3 and all(deltas[:-1])
@@ -119,12 +119,12 @@ def test_questions_read_a_video_once(captioner, videos, monkeypatch):
 
 
 def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
-    """Clips of 5 s or more in segments of 2 s; a broken file is segment failure."""
+    """Segments of 2 s; a broken file is a failed segment."""
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    with ClipReader(workers=1) as reader:
+    with ClipReader(workers=0) as reader:
         requests = [
-            CaptionRequest(videos[0], sampling=SHORT),
+            CaptionRequest(videos[0], sampling=SHORT, span=Span(None, 4.5)),
             CaptionRequest(broken, sampling=SHORT),
             CaptionRequest(videos[1], sampling=SHORT, span=Span(1.0, 4.5)),
         ]
@@ -138,7 +138,7 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
     # 3.5 s in steps of 2 s: the remaining 1.5 s are a separate segment.
     spans = [(segment.result.start_seconds, segment.result.end_seconds) for segment in segments[2]]
     assert sorted(spans) == [(1.0, 3.0), (3.0, 4.5)] and all(segment.num_segments == 2 for segment in segments[2])
-    assert len(segments[0]) == segments[0][0].num_segments >= 2
+    assert len(segments[0]) == segments[0][0].num_segments == 2
     for segment in segments[0] + segments[2]:
         assert isinstance(segment.result, Caption)
         span = Span(segment.result.start_seconds, segment.result.end_seconds)

@@ -35,11 +35,16 @@ def segment(text, start, end, *, no_speech=0.0, compression=1.0, words=None) -> 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     pytest.importorskip("whisper", reason="openai-whisper is not installed (the extra speech)")
+    from whisper import timing
+
     from tests.whisper_model import write_whisper
 
     path = tmp_path_factory.mktemp("whisper") / "tiny.pt"
     write_whisper(path, SCRIPT)
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dtw_cpu", "backtrace"):  # numba takes seconds to compile them
+            patch.setattr(timing, name, getattr(timing, name).py_func)
+        yield path
 
 
 def test_whisper_writes_words_with_times(checkpoint):

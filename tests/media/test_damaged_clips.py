@@ -40,9 +40,15 @@ def test_a_corrupted_file_is_read_past_the_damage(caplog):
     assert len(later.frames) == 2
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A file of 7 s whose header comes first."""
+    path = tmp_path_factory.mktemp("full") / "f.mp4"
+    return write_clip(path, picture=tenths(7), sound_seconds=7, movflags="faststart")
+
+
 @pytest.mark.parametrize("share", [0.0005, 0.02, 0.2, 0.5, 0.8, 0.95])
-def test_a_truncated_file_gives_a_correct_beginning_or_an_error(tmp_path, caplog, share):
-    full = write_clip(tmp_path / "f.mp4", picture=tenths(7), sound_seconds=7, movflags="faststart")
+def test_a_truncated_file_gives_a_correct_beginning_or_an_error(full, tmp_path, caplog, share):
     data = full.read_bytes()
     header = data.index(b"mdat")
     path = tmp_path / "cut.mp4"
@@ -100,10 +106,10 @@ def test_frames_lost_at_the_end_of_a_stream_are_not_replaced_by_earlier_ones(tmp
     # B-frames are stored after the frame that follows them, so a cut leaves gaps before the last frame.
     full = write_clip(tmp_path / f"f.{suffix}", picture=tenths(7), sound_seconds=7, gop=25)
     data, path = full.read_bytes(), tmp_path / f"cut.{suffix}"
-    for part in range(3, 20):
+    offset = read(full, audio=False).frame_times[0] - 0.25  # MPEG-TS starts with the audio's priming
+    for part in range(3, 20, 2):
         path.write_bytes(data[: len(data) * part // 20 + 7])
         clip = read(path, audio=False)
-        offset = read(full, audio=False).frame_times[0] - 0.25  # MPEG-TS starts with the audio's priming
         assert 0 < len(clip.frames) <= 14
         assert len(clip.frames) < 14 or part == 19  # where the index at the end is cut off
         np.testing.assert_allclose(clip.frame_times[1:], clip.frame_times[:-1] + 0.5)

@@ -68,8 +68,7 @@ def test_malformed_messages_between_frames(tmp_path, suffix, codec):
     assert_whole(clip)
 
 
-@pytest.mark.parametrize("kind", ["video", "audio"])
-@pytest.mark.parametrize("share", [0.3, 0.55, 0.7])
+@pytest.mark.parametrize(("kind", "share"), [("video", 0.3), ("video", 0.7), ("audio", 0.55)])
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])  # a frame of one packet, and of several
 def test_a_lost_packet_of_a_transport_stream_is_told(tmp_path, kind, share, codec):
     path = write_media(
@@ -94,11 +93,10 @@ def test_a_lost_packet_of_a_transport_stream_is_told(tmp_path, kind, share, code
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("layouts", [("mono", "stereo"), ("stereo", "mono")])
-def test_video_and_audio_are_of_one_program(tmp_path, swapped, layouts):
-    coloured = write_media(tmp_path / "1.ts", **BASE, layout=layouts[0])
+def test_video_and_audio_are_of_one_program(tmp_path, swapped):
+    coloured = write_media(tmp_path / "1.ts", **BASE, layout="mono")
     grey = write_media(
-        tmp_path / "2.ts", **BASE, colours={0: "gray"}, tones={0: 3000}, layout=layouts[1],
+        tmp_path / "2.ts", **BASE, colours={0: "gray"}, tones={0: 3000}, layout="stereo",
         mpegts_start_pid="0x200", mpegts_pmt_start_pid="0x1010", mpegts_service_id="2",
     )  # fmt: skip
     programs = [(1, 0x1000), (2, 0x1010)]
@@ -135,8 +133,10 @@ def merge_programs(path: Path, first: Path, second: Path, programs: list[tuple[i
     return path
 
 
-@pytest.mark.parametrize(("suffix", "known", "unknown"), [("mov", b"mp4a", b"apac"), ("mkv", b"A_AAC", b"A_XXX")])
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "known", "unknown", "first"),
+    [("mov", b"mp4a", b"apac", False), ("mov", b"mp4a", b"apac", True), ("mkv", b"A_AAC", b"A_XXX", True)],
+)
 def test_a_audio_track_of_an_unknown_codec(tmp_path, suffix, known, unknown, first):
     source = write_media(tmp_path / f"one.{suffix}", **BASE, layout="mono")
     path = tmp_path / f"two.{suffix}"
@@ -208,16 +208,15 @@ def test_mirrored_and_turned_frames(tmp_path, suffix, name):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "codec", "codec_options"),
+    ("suffix", "codec", "codec_options", "start"),
     [
-        ("ts", "libx264", OPEN_GOP),
-        ("mkv", "libx264", OPEN_GOP),
-        ("ts", "libx264", {"preset": "ultrafast", "bf": "2", "g": "25", "b_strategy": "0"}),
-        ("ts", "libx265", {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:keyint=25:open-gop=1"}),
-        ("ts", "mpeg2video", {"bf": "2", "g": "25"}),
+        *[("ts", "libx264", OPEN_GOP, start) for start in (0.2, 0.64, 0.88)],
+        ("mkv", "libx264", OPEN_GOP, 0.64),
+        ("ts", "libx264", {"preset": "ultrafast", "bf": "2", "g": "25", "b_strategy": "0"}, 0.88),
+        ("ts", "libx265", {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:keyint=25:open-gop=1"}, 0.2),
+        ("ts", "mpeg2video", {"bf": "2", "g": "25"}, 0.64),
     ],
 )
-@pytest.mark.parametrize("start", [0.2, 0.64, 0.88])
 def test_a_recording_that_starts_within_a_group_of_frames(tmp_path, suffix, codec, codec_options, start):
     origin = []
 

@@ -89,8 +89,9 @@ def test_a_prefix_is_stored_once():
     assert cache._layers[0].tails.keys.shape == (1, 2, 5, 8) and cache._layers[0].own.keys.shape[0] == 1
 
 
-@pytest.mark.parametrize("model", ["captioner", "plus"])
-@pytest.mark.parametrize("checkpointed", [False, True, 1])
+@pytest.mark.parametrize(
+    ("model", "checkpointed"), [("captioner", False), ("captioner", True), ("plus", False), ("plus", 1)]
+)
 def test_gradients_of_an_adapter_equal_those_of_separate_rows(request, videos, model, checkpointed):
     """Chosen, rejected and ground truth of two clips, in one pass and in six; positions of both families."""
     captioner = request.getfixturevalue(model)

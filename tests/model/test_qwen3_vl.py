@@ -166,10 +166,10 @@ def test_decode_steps_with_fewer_kernels(captioner, inputs):
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_tokens(captioner, published, inputs, expected, penalty):
     """Also with a repetition penalty, which covers the prompt and the timestamps in it."""
-    sampling = Sampling(max_new_tokens=16, repetition_penalty=penalty)
+    sampling = Sampling(max_new_tokens=10, repetition_penalty=penalty)
     ours = [[t.id for t in row] for row in generate(captioner.network, inputs, sampling=sampling, stop_ids=[-1])]
     for row, theirs in zip(ours, expected, strict=True):
-        options = dict(max_new_tokens=16, do_sample=False, repetition_penalty=penalty, eos_token_id=None)
+        options = dict(max_new_tokens=10, do_sample=False, repetition_penalty=penalty, eos_token_id=None)
         generated = published.generate(**theirs, **options)
         ids = generated[0, theirs["input_ids"].shape[1] :].tolist()
         assert_equal(row, ids, of="qwen3-vl", what="greedy tokens")

@@ -12,6 +12,7 @@ import pytest
 
 from salmonn.files import write_records
 from salmonn.records import Caption, Event, Reference
+from tests.launch import forked
 from tests.limits import STEP_SECONDS
 from tests.score.completions import SCHEMA, complete, text_of
 from tests.score.fake_llm_server import Answer
@@ -77,7 +78,7 @@ def test_ctrl_c_caches_replies_in_flight(serve, open_client, start_process, tmp_
         complete = lambda text: client.complete([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
         client.map_concurrent(complete, [str(number) for number in range(20)])
     """)
-    process = start_process([sys.executable, "-c", code])
+    process = start_process(forked(sys.executable, "-c", code))
     wait_for(lambda: len(server.requests) == 2, process)
     process.send_signal(signal.SIGINT)
     wait_for_line("waiting for replies in flight", process)
@@ -99,7 +100,7 @@ def test_a_second_ctrl_c_does_not_wait(serve, start_process, tmp_path):
     command = [SALMONN, "score", tmp_path / "c.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai"]
     command += ["--model", "m", "--base-url", server.url, "--cache", tmp_path / "replies.sqlite"]
     command += ["--timeout-seconds", "600"]
-    process = start_process([*map(str, command)])
+    process = start_process(forked(*command))
     wait_for(lambda: server.requests, process)
     process.send_signal(signal.SIGINT)
     wait_for_line("waiting for replies in flight", process)
