@@ -23,7 +23,7 @@ from salmonn.caption.generator import (
     SegmentResult,
     Span,
 )
-from salmonn.caption.limits import GPU_BATCH_SIZE, BatchLimits, measure_limits
+from salmonn.caption.limits import GPU_BATCH_SIZE, BatchLimits, check_batch_size, measure_limits
 from salmonn.caption.loader import ClipJob, ClipReader
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
@@ -176,6 +176,7 @@ class Captioner:
         clips: Sequence[ClipInputs | ClipFeatures] | None = None,
         limits: BatchLimits | None = None,
         on_progress: Callable[[int], object] | None = None,
+        scheduler: Scheduler[RequestedSequence] | None = None,
     ) -> list[list[Caption]]:
         """Return `num_samples` captions for each request.
 
@@ -188,6 +189,7 @@ class Captioner:
             limits: limits of the batch (default: 64 sequences; on a GPU, as many of them as fit into its memory). The
                 samples of a request are never split up.
             on_progress: called with the number of requests that have been completed since the last call.
+            scheduler: scheduler of an earlier call, whose memory is used again (default: a new one).
 
         Raises:
             ClipError: a file cannot be read, or lacks the video or audio that the modality needs.
@@ -195,10 +197,12 @@ class Captioner:
         """
         if not requests:
             return []
-        limits = limits or self.limits(GPU_BATCH_SIZE)
-        limits = replace(limits, num_rows=max(limits.num_rows, *(request.num_samples for request in requests)))
+        scheduler = scheduler or self.scheduler(limits)
+        limits = limits or scheduler.limits
+        num_rows = max(limits.num_rows, *(request.num_samples for request in requests))
+        scheduler.limits = replace(limits, num_rows=num_rows)
         captions: list[dict[int, Caption]] = [{} for _ in requests]
-        for sequence, outcome in self.scheduler(limits).run(self.groups(requests, clips)):
+        for sequence, outcome in scheduler.run(self.groups(requests, clips)):
             if isinstance(outcome, Exception):
                 raise outcome
             of_request = captions[sequence.index]
@@ -264,13 +268,17 @@ class Captioner:
         Raises:
             ValueError: the batch size is below 1.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_batch_size(batch_size)
         return measure_limits(self.network, batch_size=batch_size, default=self.processor.config.batch_size)
 
-    def scheduler(self, limits: BatchLimits) -> Scheduler[RequestedSequence]:
-        """Return a scheduler with an empty batch, which decodes whole completions."""
-        return Scheduler(partial(StreamingGenerator, self.network, self.processor, whole=True), limits=limits)
+    def scheduler(self, limits: BatchLimits | None = None) -> Scheduler[RequestedSequence]:
+        """Return a scheduler with an empty batch, which decodes whole completions.
+
+        Args:
+            limits: what is decoded together (default: 64 sequences; on a GPU, as many of them as fit into its memory).
+        """
+        start = partial(StreamingGenerator, self.network, self.processor, whole=True)
+        return Scheduler(start, limits=limits or self.limits(GPU_BATCH_SIZE))
 
     def caption_many(
         self,
@@ -336,7 +344,8 @@ class Captioner:
                 yield from caption_clips(self, clips, limits=limits)
             else:
                 batches = reader.batches(jobs(), size=limits.num_rows, finish=read, segments=segments, store=store)
-                yield from (caption_in_shape(self, batch, shape) for batch in batches)
+                scheduler = self.scheduler(limits)
+                yield from (caption_in_shape(self, batch, shape, scheduler) for batch in batches)
 
     @torch.no_grad()
     def encode(

@@ -17,7 +17,8 @@ from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.records import Caption
 
 if TYPE_CHECKING:
-    from salmonn.caption.captioner import Captioner
+    from salmonn.caption.captioner import Captioner, RequestedSequence
+    from salmonn.caption.scheduler import Scheduler
 
 
 def caption_clips(
@@ -65,7 +66,10 @@ def caption_clips(
 
 
 def caption_in_shape(
-    captioner: "Captioner", batch: Sequence[ReadResult[TimedInputs]], shape: Shape
+    captioner: "Captioner",
+    batch: Sequence[ReadResult[TimedInputs]],
+    shape: Shape,
+    scheduler: "Scheduler[RequestedSequence]",
 ) -> list[SegmentResult]:
     """Caption a batch of clips in a shape; the encoders run once for all questions about a clip.
 
@@ -73,6 +77,7 @@ def caption_in_shape(
         captioner: local model.
         batch: clips, or why they cannot be read.
         shape: shape of the captions.
+        scheduler: scheduler of all batches; all questions of one are decoded together as far as memory allows.
     """
     readable = [(job, clip) for job, clip in batch if not isinstance(clip, ValueError)]
     held: Sequence[ClipInputs | ClipFeatures] = [clip.inputs for _, clip in readable]
@@ -85,7 +90,7 @@ def caption_in_shape(
         answers = [_prompt_error(captioner, request) for _, request in asked]
         usable = [number for number, error in enumerate(answers) if error is None]
         requests, clips = [asked[number][1] for number in usable], [held[asked[number][0]] for number in usable]
-        scheduler = captioner.scheduler(captioner.limits(max(len(requests), 1)))
+        scheduler.limits = replace(scheduler.limits, num_rows=max(len(requests), 1))
         for sequence, outcome in scheduler.run(captioner.groups(requests, clips)):
             answers[usable[sequence.index]] = _to_text(captioner, sequence.request, outcome)
         return [one for one in answers if one is not None]

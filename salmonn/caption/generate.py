@@ -46,6 +46,8 @@ class SampledToken(NamedTuple):
 class DecodeBatch:
     """Rows that are decoded together, one token per step; rows can be added between steps. False once all have ended.
 
+    On a GPU, the memory of the KV cache and the recorded decode steps are kept for rows that are added later.
+
     Args:
         network: network in evaluation mode.
         stop_ids: token ids that end a row.
@@ -112,9 +114,12 @@ class DecodeBatch:
             stop_ids=self.stop_ids,
             constraints=constraints,
         )
+        tokens = sampling.max_new_tokens
         if self._cache is None:
+            cache.expected_tokens = tokens
             self._cache = cache
         else:
+            self._cache.expected_tokens = max(self._cache.expected_tokens, tokens)
             self._cache.extend(cache)  # the last that may fail
         self._groups.append(group)
         self._num_added = rows.stop
@@ -158,8 +163,26 @@ class DecodeBatch:
             self._decode()
         sampled = {row: token for group in active for row, token in group.read_tokens().items()}
         if not self:
-            self._groups, self._cache = [], None
+            self.clear()
         return sampled
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Number of tokens that the KV cache has memory for, in use or not."""
+        return 0 if self._cache is None else self._cache.num_stored_tokens
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self._groups, self._is_decoded = [], False
+        if self._cache is not None and self._cache.is_static:
+            self._cache.clear()
+        else:
+            self._cache = None
+
+    def release_unused(self) -> None:
+        """Release memory of the KV cache of which at most half is in use."""
+        if self._cache is not None:
+            self._cache.release_unused()
 
     def _decode(self) -> None:
         """Compute the logits after the last tokens of all rows."""

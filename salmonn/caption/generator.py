@@ -199,9 +199,11 @@ class CachedGenerator:
         self.name = captioner.name
         self._captioner = captioner
         self._clips = clips
-        self._limits = limits
+        # Used for all calls, so that memory and recorded decode steps are used again on a GPU.
+        self._scheduler = captioner.scheduler(limits)
+        self._limits = self._scheduler.limits
 
     def generate(self, requests: Sequence[CaptionRequest]) -> list[list[Caption]]:
         """See `Generator`."""
         clips = [self._clips[request.path] for request in requests]
-        return self._captioner.generate(requests, clips=clips, limits=self._limits)
+        return self._captioner.generate(requests, clips=clips, limits=self._limits, scheduler=self._scheduler)

@@ -7,7 +7,7 @@ time, without shared prefixes. Such a model cannot be trained.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -21,7 +21,7 @@ from salmonn.caption.captioner import Captioner, RequestedSequence, RequestOptio
 from salmonn.caption.generate import SampledToken, compute_logprobs, to_sampled_tokens
 from salmonn.caption.generator import Sampling
 from salmonn.caption.hearing import probe_hearing
-from salmonn.caption.limits import BatchLimits
+from salmonn.caption.limits import BatchLimits, check_batch_size
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.read_spec import ReadSpec
@@ -184,11 +184,12 @@ class GenericCaptioner(Captioner):
 
     def limits(self, batch_size: int | None = None) -> BatchLimits:
         """See `Captioner`; one sequence at a time."""
-        return replace(super().limits(batch_size), num_rows=1, num_tokens=None)
+        check_batch_size(batch_size)
+        return BatchLimits(1)
 
-    def scheduler(self, limits: BatchLimits) -> "Scheduler[RequestedSequence]":
+    def scheduler(self, limits: BatchLimits | None = None) -> "Scheduler[RequestedSequence]":
         """See `Captioner`."""
-        return _OneByOne(self, limits=limits)
+        return _OneByOne(self, limits=limits or self.limits())
 
     def complete(self, sequence: RequestedSequence) -> Completion:
         """Generate one sample.

@@ -8,7 +8,7 @@ import torch
 
 from salmonn.model.decode_graph import is_on_one_gpu
 from salmonn.model.kv_cache import GROWTH, GROWTH_STATIC, PAGE_LENGTH
-from salmonn.model.kv_tables import padded_pages, padded_rows
+from salmonn.model.kv_tables import padded_columns, padded_pages, padded_rows
 from salmonn.model.memory import NumberSizes, Stack, kv_cache_bytes
 from salmonn.model.network import Network
 
@@ -42,12 +42,19 @@ class BatchLimits:
         if self.num_tokens is None:
             return True
         # All rows have as many columns as the longest.
-        num_rows, columns = len(new_tokens), -(-max(new_tokens, default=0) // self.growth) * self.growth
+        num_rows, longest = len(new_tokens), max(new_tokens, default=0)
         if not self.is_padded:
-            return sum(prefixes) + num_rows * columns <= self.num_tokens
+            return sum(prefixes) + num_rows * -(-longest // self.growth) * self.growth <= self.num_tokens
+        columns = padded_columns(longest, growth=self.growth)
         num_pages = padded_pages(sum(length // PAGE_LENGTH for length in prefixes))
         num_tails = padded_rows(sum(length % PAGE_LENGTH > 0 for length in prefixes))
         return (num_pages + num_tails) * PAGE_LENGTH + padded_rows(num_rows) * columns <= self.num_tokens
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raise a ValueError if a batch size is below 1."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def measure_limits(network: Network, *, batch_size: int | None, default: int) -> BatchLimits:

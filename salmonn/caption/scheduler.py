@@ -6,6 +6,9 @@
 Serving, captioning of folders, and sampling for training use this scheduler. The engine admits requests between any two
 decode steps, as they arrive. `run` decodes given groups to their end: what is decoded together then depends on the
 groups, their order and the limits alone, so that a repeated run has the same results to the last bit.
+
+On a GPU the memory of the KV cache and the recorded decode steps outlive the sequences. Memory is released if that of
+new sequences would exceed the limits otherwise, or if memory runs out.
 """
 
 import logging
@@ -93,12 +96,18 @@ class Scheduler(Generic[S]):
         Args:
             groups: groups, taken from the iterable as there is room for them.
         """
-        for group in groups:
-            self.waiting += group
-            while not self.has_room:
+        self._batch.restart()
+        try:
+            for group in groups:
+                self.waiting += group
+                while not self.has_room:
+                    yield from self.advance()
+            while self.waiting or self.running:
                 yield from self.advance()
-        while self.waiting or self.running:
-            yield from self.advance()
+        finally:
+            if self.waiting or self.running:  # after an error, or if the rest is not wanted
+                self.waiting = []
+                self.clear()
 
     @property
     def has_room(self) -> bool:
@@ -176,17 +185,35 @@ class Scheduler(Generic[S]):
     def prefill(self, admitted: Sequence[S]) -> None:
         """Prefill the prompts of sequences and add them to the batch."""
         self.num_prefills += 1
-        if not self.running:
-            self.clear()
-        rows = self._batch.add(
+        self._release_for(admitted)
+        rows = list[int]()
+        if self.running or not self._batch.num_stored_tokens:
+            rows += self._add(admitted)
+        elif memory_error(lambda: rows.extend(self._add(admitted)), num_rows=len(admitted)):
+            self.clear()  # what earlier sequences needed may be in the way
+            rows += self._add(admitted)
+        for one in admitted:
+            one.prefill = self.num_prefills
+        self.running |= dict(zip(rows, admitted, strict=True))
+
+    def _add(self, admitted: Sequence[S]) -> range:
+        return self._batch.add(
             [one.clip for one in admitted],
             [one.prompt for one in admitted],
             sampling=admitted[0].sampling,
             seeds=[one.seed for one in admitted],
         )
-        for one in admitted:
-            one.prefill = self.num_prefills
-        self.running |= dict(zip(rows, admitted, strict=True))
+
+    def _release_for(self, admitted: Sequence[S]) -> None:
+        """Release memory that is not in use if it would exceed the limit together with what a prefill computes."""
+        limit, prefixes = self.limits.num_tokens, {id(one.group): one.num_tokens for one in admitted}
+        is_full = limit is not None and self._batch.num_stored_tokens + sum(prefixes.values()) > limit
+        if self.running and is_full:
+            self._batch.release_unused()
+        elif is_full:
+            self.clear()
+        elif not self.running:
+            self._batch.clear()
 
     def step(self) -> list[tuple[S, TextDelta]]:
         """Generate one token for each running sequence; returns new text, and removes the sequences that have ended."""

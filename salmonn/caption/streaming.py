@@ -92,6 +92,24 @@ class StreamingGenerator:
             self._texts[row] = _PartialText(detokenizer, sampling, clip.info)
         return rows
 
+    @property
+    def num_stored_tokens(self) -> int:
+        """Number of tokens that the KV cache has memory for, in use or not."""
+        return self._batch.num_stored_tokens
+
+    def clear(self) -> None:
+        """Remove all rows; on a GPU, memory and recorded decode steps are kept for others."""
+        self._texts, self._stopped = {}, set()
+        self._batch.clear()
+
+    def restart(self) -> None:
+        """Let what comes next be decoded as in a new batch, to the last bit."""
+        self._batch.decoder.restart()
+
+    def release_unused(self) -> None:
+        """Release memory of the KV cache of which at most half is in use."""
+        self._batch.release_unused()
+
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
         """Generate one token for each active row.
 

@@ -2,8 +2,9 @@
 
 Launching all kernels of a step takes the host longer than a GPU needs to run them. So steps are padded to a few
 shapes: 1, 2, 4 ... 128 rows, and pages in steps of an eighth (see `StepShape`). The first steps of a shape run as they
-are; then one is recorded, and replayed for every later step of the shape, whatever rows have joined or ended meanwhile.
-All steps do the same: tensors of the cache are changed in place, and the host only counts tokens and makes room.
+are; then one is recorded, and replayed for every later step of the shape, whatever rows have joined or ended meanwhile,
+also after all have. All steps do the same: tensors of the cache are changed in place, and the host only counts tokens
+and makes room.
 
 What is computed for padding has no effect: it is written to rows of the cache that are not in use, no row attends to
 it, and its logits are dropped before any token is sampled.
@@ -27,9 +28,11 @@ from salmonn.model.network import Network
 logger = logging.getLogger(__name__)
 # Recording takes as long as some steps, and not every shape lasts. These steps also load all kernels.
 STEPS_BEFORE_RECORDING = 4
-MAX_RECORDED = 16  # steps that are kept; each takes some tens of MiB of a GPU
+MAX_RECORDED = 32  # steps that are kept; they share the memory of intermediate results and logits
+MAX_UNRECORDED = 256  # shapes of other steps that are known
 MAX_FAILED = 3  # attempts to record that run out of memory, after which no step is recorded
 
+Key = tuple[StepShape, int]  # shape of a step, and the number of own tokens that its rows attend to
 Run = Callable[[], Tensor]
 Record = Callable[[Run], tuple[Callable[[], object], Tensor]]
 
@@ -44,7 +47,7 @@ class _RecordedStep:
 
 
 class GraphDecoder:
-    """Runs the decode steps of one cache after another.
+    """Runs the decode steps of a cache; steps are recorded for as long as the cache keeps its tensors.
 
     Args:
         network: network in evaluation mode.
@@ -65,8 +68,17 @@ class GraphDecoder:
         self.layers = make_decode_layers(network) if is_on_gpu and isinstance(network, Network) else None
         self._record: Record | None = None
         self._storage: tuple[KVCache, int] | None = None  # that recorded steps refer to
-        self._num_steps: Counter[StepShape] = Counter()
-        self._recorded: dict[StepShape, _RecordedStep] = {}  # in the order of their last use
+        self._num_steps: Counter[Key] = Counter()
+        self._recorded: dict[Key, _RecordedStep] = {}  # in the order of their last use
+        self._logits: Tensor | None = None  # (R, V) of recorded steps
+
+    def restart(self) -> None:
+        """Run the first steps of each shape as they are, as at the start; recorded steps are kept for those after.
+
+        So what is recorded does not depend on earlier batches, and neither do results, even if kernels rounded in
+        another way when they are recorded.
+        """
+        self._num_steps.clear()
 
     def step(self, tokens: Tensor, cache: KVCache, *, num_waiting: int = 0) -> Tensor:
         """Do the same as `Network.decode_step`."""
@@ -78,13 +90,14 @@ class GraphDecoder:
             self._storage, self._record = (cache, cache.storage_version), self._make_recorder()
             self._num_steps.clear()
             self._recorded.clear()
-        shape = cache.shape
-        if shape not in self._recorded and self._num_steps[shape] >= STEPS_BEFORE_RECORDING:
-            self._record_step(shape, tokens, cache)
-        self._num_steps[shape] += 1
-        if shape not in self._recorded:
-            return self.network.decode_step(tokens, cache, layers=self.layers)
-        self._recorded[shape] = recorded = self._recorded.pop(shape)
+        key = cache.shape, cache.num_columns
+        is_due = self._num_steps[key] >= STEPS_BEFORE_RECORDING
+        self._num_steps[key] += 1
+        if not is_due:
+            return self._run_step(tokens, cache)
+        if key not in self._recorded and not self._record_step(key, tokens, cache):
+            return self._run_step(tokens, cache)
+        self._recorded[key] = recorded = self._recorded.pop(key)
         cache.count_step()
         self.num_replayed += 1
         with torch.cuda.device_of(tokens):
@@ -92,28 +105,48 @@ class GraphDecoder:
             recorded.replay()
             return recorded.logits[: len(tokens)].clone()
 
-    def _record_step(self, shape: StepShape, tokens: Tensor, cache: KVCache) -> None:
+    def _run_step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if len(self._num_steps) > len(self._recorded) + MAX_UNRECORDED:
+            # Of clips of any length there are many shapes. The tables of a step that is recorded must exist before.
+            self._num_steps = Counter({key: self._num_steps[key] for key in self._recorded})
+            cache.keep_tables({shape for shape, _ in self._recorded})
+        return self.network.decode_step(tokens, cache, layers=self.layers)
+
+    def _record_step(self, key: Key, tokens: Tensor, cache: KVCache) -> bool:
+        """Record a step and return whether that was possible."""
         assert self._record is not None
-        padded = tokens.new_zeros(shape.rows)
+        padded = tokens.new_zeros(key[0].rows)
 
         def run() -> Tensor:
-            return self.network.decode_tokens(padded, cache.start_step(), cache, layers=self.layers)
+            found = self.network.decode_tokens(padded, cache.start_step(), cache, layers=self.layers)
+            return logits.copy_(found)
 
         try:
+            logits = self._make_logits(padded)
             with torch.cuda.device_of(tokens):
-                self._recorded[shape] = _RecordedStep(padded, *self._record(run))
+                self._recorded[key] = _RecordedStep(padded, *self._record(run))
         except Exception as error:  # noqa: BLE001, whatever the reason, steps also work unrecorded
             # Recorded steps and their memory are released. A lack of memory may pass, so recording is tried again.
             self._recorded.clear()
             self._record = self._storage = None
             self._num_failed += 1
-            if not isinstance(error, torch.OutOfMemoryError) or self._num_failed >= MAX_FAILED:
+            # The runtime reports a lack of memory for the graph itself as another error.
+            is_short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            if not is_short or self._num_failed >= MAX_FAILED:
                 logger.warning("decode steps cannot be recorded as a CUDA graph (%s); captions take longer", error)
                 self._make_recorder, cache.is_static = None, False
-            return
+            return False
         self.num_recorded += 1
         if len(self._recorded) > MAX_RECORDED:
             del self._recorded[next(iter(self._recorded))]
+        return True
+
+    def _make_logits(self, tokens: Tensor) -> Tensor:
+        """Return where a recorded step of tokens (R,) writes its logits (R, V); it is shared, as they are copied."""
+        if self._logits is None or len(self._logits) < len(tokens):
+            width = self.network.lm.get_output_embeddings().out_features
+            self._logits = torch.empty(len(tokens), width, dtype=torch.float32, device=tokens.device)
+        return self._logits[: len(tokens)]
 
 
 class CudaGraphRecorder:

@@ -9,12 +9,14 @@ The full pages of all prefixes are one batch for a flash-attention kernel, in wh
 prefix attend to it together: no prefix is padded to the longest, and no scores are written to memory. The tails and the
 tokens of the rows themselves are two further batches. The parts of each row are merged by their log-sum-exp.
 
-A static cache pads the numbers of rows, pages, tails and groups to a few sizes, and changes its tables in place. So a
-decode step that was recorded as a CUDA graph can be replayed after rows have joined or ended.
+A static cache pads the numbers of rows, pages, tails, groups and columns to a few sizes, and changes its tables in
+place. So a decode step that was recorded as a CUDA graph can be replayed after rows have joined or ended. It keeps its
+tensors after its last row has ended. They may have room for more than a step attends to, so that what a step computes
+depends on the rows since then, and not on those before.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -22,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salmonn.model.kv_tables import Prefix, StepShape, Tables, make_tables, padded_pages, padded_rows
+from salmonn.model.kv_tables import (
+    Prefix,
+    StepShape,
+    Tables,
+    make_tables,
+    padded_columns,
+    padded_pages,
+    padded_rows,
+)
 from salmonn.model.packing import PackedBatch
 from salmonn.model.partial_attention import float32_product, length_bias, partial_attention
 
@@ -30,8 +40,7 @@ PAGE_LENGTH = 512  # tokens; a page is a block of work for a GPU, and costs it a
 # Columns that are added when the own tokens of some row fill theirs; a static cache attends to all of them, but each
 # change costs the recorded steps.
 GROWTH, GROWTH_STATIC = 64, 256
-# Memory is released once it is this many times what is in use; a static cache keeps more of it for others.
-RELEASE, RELEASE_STATIC = 2, 4
+RELEASE = 2  # memory is released once it is this many times what is in use
 
 
 @dataclass
@@ -64,6 +73,11 @@ class _Pool:
     def release(self, used: int) -> None:
         """Release the memory of all but the first parts."""
         self.keys, self.values = self.keys[:used].clone(), self.values[:used].clone()
+
+    def clear(self) -> None:
+        """Set all parts to zeros, as in a new pool: what is masked must be finite, and NaN would outlive its row."""
+        self.keys.zero_()
+        self.values.zero_()
 
     def put(self, other: "_Pool", *, used: int, count: int) -> None:
         """Put the first parts of another pool, which has no more columns, after those in use."""
@@ -113,6 +127,9 @@ class KVCache:
         positions: (3, 1, T) rotary positions of its tokens.
 
     Attributes:
+        num_columns: number of own tokens of each row that a step attends to.
+        expected_tokens: tokens that rows of a static cache may generate; there is room for them from the start, so that
+            no tensor is replaced as they come.
         storage_version: number that changes whenever tensors are replaced that steps refer to.
     """
 
@@ -138,8 +155,8 @@ class KVCache:
         self._counters: tuple[tuple[Tensor, Tensor], ...] = ()  # columns and positions of a step's rows, and increments
         self._step_columns = self._columns
         self._is_static = self._is_reserved = False
-        self._num_columns = 0  # that there is room for, if `_is_reserved`
-        self.storage_version = 0
+        self.num_columns = max(self._lengths)
+        self.expected_tokens = self.storage_version = 0
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -164,6 +181,12 @@ class KVCache:
             self._change_layout()
 
     @property
+    def num_stored_tokens(self) -> int:
+        """Number of tokens that there is memory for, in use or not."""
+        pools = next(iter(self._layers.values())).pools
+        return sum(pool.keys.shape[0] * pool.keys.shape[2] for pool in pools)
+
+    @property
     def shape(self) -> StepShape:
         """Shape of the next step."""
         if self._shape is None:
@@ -171,11 +194,11 @@ class KVCache:
             shape = StepShape(
                 rows=len(self),
                 groups=len(self._prefixes),
-                slots=max(sizes.values()),
+                slots=max(sizes.values(), default=0),
                 pages=self._num_pages,
                 tails=self._num_tails,
-                longest=max(len(prefix.pages) for prefix in self._prefixes),
-                tail_columns=max(prefix.tail_length for prefix in self._prefixes),
+                longest=max((len(prefix.pages) for prefix in self._prefixes), default=0),
+                tail_columns=max((prefix.tail_length for prefix in self._prefixes), default=0),
             )
             self._shape = shape.pad(page_length=PAGE_LENGTH) if self.is_static else shape
         return self._shape
@@ -204,7 +227,7 @@ class KVCache:
         if self.is_static:
             counts = [padded_pages(counts[0]), *map(padded_rows, counts[1:])]
         tail_columns = max(self.shape.tail_columns, other.shape.tail_columns)
-        columns = max(cache.own.keys.shape[2] for one in (self, other) for cache in one._layers.values())
+        columns = max(self.num_columns, other.num_columns)
         self._make_room(counts, (PAGE_LENGTH, tail_columns, columns))
         for layer, cache in self._layers.items():
             others = other._layers.pop(layer)
@@ -215,6 +238,7 @@ class KVCache:
         self._prefixes += [prefix.placed(own[0].__add__, own[1].__add__) for prefix in other._prefixes]
         self._groups += [num_groups + group for group in other._groups]
         self._lengths += other._lengths
+        self.num_columns = columns
         self._change_layout()
 
     def evict(self, is_active: Tensor) -> None:
@@ -232,16 +256,40 @@ class KVCache:
         self._groups = [groups.index(self._groups[row]) for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
         self._change_layout()
-        used = (self.shape.pages, self.shape.tails, self.shape.rows)
         for cache in self._layers.values():
-            for pool, moves, count in zip(cache.pools, (page_moves, tail_moves, row_moves), used, strict=True):
+            for pool, moves in zip(cache.pools, (page_moves, tail_moves, row_moves), strict=True):
                 pool.move(moves)
-                factor = RELEASE_STATIC if self.is_static else RELEASE
-                if count < len(pool.keys) >= factor * count:
-                    self._replace_storage()
-                    pool.release(count)
+        if not self.is_static:
+            self.release_unused()
         index = torch.tensor(rows, device=self._columns.device)
         self._positions[:, : len(rows)], self._columns[: len(rows)] = self._positions[:, index], self._columns[index]
+
+    def release_unused(self) -> None:
+        """Release memory of which at most half is in use; recorded steps become void."""
+        used = (self.shape.pages, self.shape.tails, self.shape.rows)
+        for cache in self._layers.values():
+            for pool, count in zip(cache.pools, used, strict=True):
+                if count < len(pool.keys) >= RELEASE * count:
+                    self._replace_storage()
+                    pool.release(count)
+
+    def clear(self) -> None:
+        """Remove all rows, but keep the memory for others."""
+        for cache in self._layers.values():
+            for pool in cache.pools:
+                pool.clear()
+        for counter in (self._columns, self._positions):
+            counter.zero_()
+        self._groups, self._lengths, self._prefixes = [], [], []
+        self.num_columns = self.expected_tokens = 0
+        self._steps.clear()
+        self._change_layout()
+
+    def keep_tables(self, shapes: Collection[StepShape]) -> None:
+        """Drop the tables of steps of other shapes than these and the current one."""
+        kept = {*shapes, self.shape}
+        self._tables = {key: tables for key, tables in self._tables.items() if key[0] in kept}
+        self._stale &= set(self._tables)
 
     def _counts(self) -> tuple[int, int, int]:
         """Return the numbers of pages, tails and rows."""
@@ -249,6 +297,8 @@ class KVCache:
 
     def _make_room(self, counts: Sequence[int], columns: Sequence[int]) -> None:
         """Make room for pages, tails and rows of some lengths in each layer."""
+        if self.is_static:
+            columns = (*columns[:-1], max(columns[-1], padded_columns(self.expected_tokens, growth=GROWTH_STATIC)))
         rooms = list(zip(counts, columns, strict=True))
         pools = [pool for cache in self._layers.values() for pool in cache.pools]
         lacking = [(pool, room) for pool, room in zip(pools, cycle(rooms), strict=False) if not pool.has_room(*room)]
@@ -263,11 +313,14 @@ class KVCache:
 
     def reserve(self) -> None:
         """Make room for one more token of each row."""
-        if self._is_reserved and max(self._lengths) < self._num_columns:
+        longest = max(self._lengths)
+        if self._is_reserved and longest < self.num_columns:
             return
-        shape, growth = self.shape, GROWTH_STATIC if self.is_static else GROWTH
-        columns = min(cache.own.keys.shape[2] for cache in self._layers.values())  # equal, unless memory ran out
-        columns += growth * (max(self._lengths) >= columns)
+        shape, columns = self.shape, self.num_columns
+        if self.is_static:
+            columns = max(columns, padded_columns(longest + 1, growth=GROWTH_STATIC))
+        elif longest >= columns:
+            columns += GROWTH
         self._make_room((shape.pages, shape.tails, shape.rows), (PAGE_LENGTH, shape.tail_columns, columns))
         self._increments[: len(self)] = 1
         self._increments[len(self) :] = 0
@@ -279,7 +332,7 @@ class KVCache:
         for key in [key for key in self._stale if key[0] == shape]:
             self._tables[key].copy_(make_tables(self._groups, self._prefixes, self.shape))
             self._stale.remove(key)
-        self._is_reserved, self._num_columns = True, columns
+        self._is_reserved, self.num_columns = True, columns
 
     def advance(self, *, num_waiting: int = 0) -> Tensor:
         """Make room for one more token of each row and start a decode step.
@@ -373,7 +426,7 @@ class KVCache:
             if key not in self._tables:
                 self._tables[key] = make_tables(self._groups, self._prefixes, self.shape).to(device)
             tables, columns = self._tables[key], self._step_columns.to(device)
-            own_columns = self._num_columns if self.is_static else max(self._lengths)
+            own_columns = self.num_columns if self.is_static else max(self._lengths)
             self._steps[device] = _Step(
                 tables,
                 columns,

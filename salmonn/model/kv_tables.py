@@ -9,6 +9,7 @@ from torch import Tensor
 
 MAX_POWER = 128  # padded numbers of rows are powers of two up to this one, and multiples of it beyond
 MIN_GROUPS = 8  # padded number of groups, which costs next to nothing
+FIRST_COLUMNS = 16  # padded columns in addition to steps of growth: a limit of 1,024 tokens stays below 5 x 256
 
 
 class StepShape(NamedTuple):
@@ -46,6 +47,11 @@ class StepShape(NamedTuple):
 def padded_rows(count: int) -> int:
     """Return the next of 0, 1, 2, 4 ... 128, 256, 384 ..."""
     return -(-count // MAX_POWER) * MAX_POWER if count > MAX_POWER else (1 << (count - 1).bit_length()) * (count > 0)
+
+
+def padded_columns(count: int, *, growth: int) -> int:
+    """Return the next of 16 + growth, 16 + 2 growth ..."""
+    return FIRST_COLUMNS + max(1, -(-(count - FIRST_COLUMNS) // growth)) * growth
 
 
 def padded_pages(count: int) -> int:

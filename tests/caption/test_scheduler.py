@@ -26,15 +26,31 @@ class ScriptedBatch:
     admitted: list[list[int]] = field(default_factory=list)  # lengths, by prefill
     num_active: list[int] = field(default_factory=list)  # rows, by step
     max_rows: int = 1000  # memory runs out above
+    max_tokens: int = 10_000  # with memory that is kept
     left: dict[int, int] = field(default_factory=dict)
+    num_stored_tokens: int = 0
+    releases: list[str] = field(default_factory=list)  # after the first start
 
     def start(self):
-        self.left = {}
+        self.left, self.num_stored_tokens = {}, 0
+        self.releases.append("all")
         return self
+
+    def clear(self):
+        self.left = {}
+
+    def restart(self):
+        pass
+
+    def release_unused(self):
+        self.releases.append("unused")
 
     def add(self, clips, prompts, *, sampling, seeds):
         if len(self.left) + len(clips) > self.max_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        if self.num_stored_tokens + 100 * len(clips) > self.max_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        self.num_stored_tokens = max(self.num_stored_tokens, 100 * (len(self.left) + len(clips)))
         first = sum(map(len, self.admitted))
         self.admitted.append(list(clips))
         self.left |= {first + number: length for number, length in enumerate(clips)}
@@ -99,6 +115,24 @@ def test_the_kv_cache_has_room_for_all_that_is_decoded_together():
     assert run(groups, rows=100, num_tokens=1)[0].admitted == [[3, 3], [5, 5], [4, 4], [4, 4]]  # a clip is always tried
     batch, _ = run([group(1, num_tokens=5000), *groups], rows=100, num_tokens=1000)
     assert batch.admitted == [[1], [3, 3, 5, 5, 4, 4, 4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_tokens", "max_tokens", "releases"),
+    [
+        (4, 600, 10_000, []),  # 400 of the first four, 100 of the last
+        (4, 499, 10_000, ["all"]),
+        (8, 499, 10_000, ["unused"]),  # others are still running
+        (4, 600, 450, ["all"]),
+    ],
+)
+def test_memory_is_kept_for_the_next_sequences(rows, num_tokens, max_tokens, releases):
+    """It is released where both would not fit: beyond the limit, or as memory runs out."""
+    first = [group(5, num_tokens=1, sampling=Sampling(max_new_tokens=1)) for _ in range(4)]
+    last = group(9, num_tokens=100, sampling=Sampling(max_new_tokens=2))
+    batch, outcomes = run([*first, last], rows=rows, num_tokens=num_tokens, max_tokens=max_tokens)
+    assert all(isinstance(one, Completion) for one in outcomes)
+    assert batch.admitted == [[5, 5, 5, 5], [9]] and batch.releases == ["all", *releases]
 
 
 def test_only_equal_sampling_parameters_share_a_prefill():
@@ -186,7 +220,7 @@ def test_room_is_that_of_the_cache():
     """Rows have as many columns as the longest, in steps; a static cache pads pages, tails and rows."""
     assert BatchLimits(8, 100 + 2 * 128, growth=64).have_room([60, 40], [10, 65])
     assert not BatchLimits(8, 100 + 2 * 128 - 1, growth=64).have_room([60, 40], [10, 65])
-    needed = (18 + 4) * 512 + 4 * 256  # 17 pages are padded to 18, three tails and rows to four
+    needed = (18 + 4) * 512 + 4 * 272  # 17 pages are padded to 18, three tails and rows to four
     prefixes = [9 * 512 + 1, 5 * 512 + 7, 3 * 512 + 2]
     assert BatchLimits(8, needed, 256, True).have_room(prefixes, [200, 1, 1])
     assert not BatchLimits(8, needed - 1, 256, True).have_room(prefixes, [200, 1, 1])

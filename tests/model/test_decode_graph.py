@@ -1,67 +1,27 @@
-"""Recorded decode steps equal those that are run, on a CPU: operators are recorded with the tensors they change."""
-
-from functools import partial
-from typing import Any
+"""Recorded decode steps equal those that are run."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.model import decode_graph, kv_cache
 from salmonn.model.decode_graph import GraphDecoder
+from tests.replay import record
 
 HOT = Sampling(temperature=5.0, max_new_tokens=12)
 
 
-class Tape(TorchDispatchMode):
-    """Records operators with their arguments, whatever the host computed for them, and can run them again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run an operator and record it."""
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Run all operators again; tensors that they did not make are those of the recording."""
-        made: dict[int, Any] = {}
-        renew = partial(tree_map, lambda one: made.get(id(one), one))
-        for func, args, kwargs, result in self.calls:
-            again = func(*renew(args), **renew(kwargs))
-            made |= {id(old): new for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True)}
-        return made[id(wanted)]
-
-
-def record(run):
-    """Record a step as a CUDA graph does; the step is run meanwhile, so that it is undone."""
-    cache = run.__closure__[0].cell_contents
-    counters = (cache._columns, cache._positions)
-    before = [one.clone() for one in counters]
-    with Tape() as tape:
-        recorded = run()
-    for counter, old in zip(counters, before, strict=True):
-        counter.copy_(old)
-    result = recorded.clone()
-    return lambda: result.copy_(tape.replay(recorded)), result
-
-
-def generate(captioner, media, *, make_recorder, stop_ids=(-1,), joining=((2, 4),)):
+def generate(captioner, media, *, make_recorder=None, stop_ids=(-1,), joining=((2, 4),), batch=None):
     """Generate 4 samples of each of two clips, and of a third from the given step on.
 
     Returns:
         The tokens, the largest logits of each step, and the decoder.
     """
-    rows = [PromptRow(0, "Tell."), PromptRow(1, "Say.")]
-    batch, found, logits = DecodeBatch(captioner.network, stop_ids=stop_ids, is_ahead=True), {}, []
-    batch.decoder = GraphDecoder(captioner.network, make_recorder=make_recorder)
+    rows, found, logits = [PromptRow(0, "Tell."), PromptRow(1, "Say.")], {}, []
+    batch = batch or start(captioner, make_recorder=make_recorder, stop_ids=stop_ids)
+    first_row = batch._num_added
     batch.add(captioner.processor.collate(rows, media[:2]), sampling=HOT, num_samples=4, seeds=[1, 2])
     joining = dict(joining)
     while batch:
@@ -69,9 +29,16 @@ def generate(captioner, media, *, make_recorder, stop_ids=(-1,), joining=((2, 4)
             inputs = captioner.processor.collate(rows[:1], media[2:3])
             batch.add(inputs, sampling=HOT, num_samples=num_samples, seeds=[3])
         for row, token in batch.step().items():
-            found.setdefault(row, []).append(token.id)
+            found.setdefault(row - first_row, []).append(token.id)
         logits.append(max(float(group.logits.max()) for group in batch._groups) if batch else 0.0)
     return found, logits, batch.decoder
+
+
+def start(captioner, *, make_recorder, stop_ids=(-1,)):
+    """Return an empty batch."""
+    batch = DecodeBatch(captioner.network, stop_ids=stop_ids, is_ahead=True)
+    batch.decoder = GraphDecoder(captioner.network, make_recorder=make_recorder)
+    return batch
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +70,26 @@ def test_replayed_steps_equal_others(captioner, media, monkeypatch):
     assert decoder.num_recorded >= 3 and decoder.num_replayed >= 6
     counts = [{count for shape, count in replayed if shape == one} for one, _ in replayed]
     assert max(map(len, counts)) >= 2  # replayed with other rows than those it was recorded with
+
+
+def test_the_next_batch_replays_the_steps_of_the_first(captioner, media, monkeypatch):
+    """Nothing is recorded again; after a batch with more rows, whose tensors are larger, it is once.
+
+    What ran before changes no bit.
+    """
+    monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 6)
+    others = dict(media=media[1:], joining=((1, 9), (2, 3)))
+    (plain, *_), (plain_others, *_) = (generate(captioner, **one) for one in (dict(media=media), others))
+    batch, found, recorded = start(captioner, make_recorder=lambda: record), [], []
+    for number in range(5):
+        batch.decoder.restart()
+        tokens, logits, decoder = generate(captioner, **(others if number == 2 else dict(media=media)), batch=batch)
+        assert tokens == (plain_others if number == 2 else plain)
+        found.append(logits)
+        recorded.append(decoder.num_recorded)
+    assert found[0] == found[1] == found[3] == found[4] != found[2]
+    assert 2 < recorded[0] == recorded[1] < recorded[2] < recorded[3] == recorded[4]
+    assert decoder.num_replayed > 20
 
 
 def test_steps_that_cannot_be_recorded(captioner, media, caplog):

@@ -52,6 +52,10 @@ class GatedStreamingGenerator(StreamingGenerator):
         self.model = model
         self.active_rows: set[int] = set()
 
+    def clear(self) -> None:
+        super().clear()
+        self.active_rows = set()
+
     def add(self, clips: Any, prompts: Any, **options: Any) -> range:
         self.model.batches.append(len(clips))
         self.model.gate.wait(STEP_SECONDS)

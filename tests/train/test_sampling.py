@@ -10,9 +10,11 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.generator import CachedGenerator
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.scheduler import Scheduler
 from salmonn.files import read_records
+from salmonn.model import decode_graph
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption
 from salmonn.train import sampling as train_sampling
@@ -20,6 +22,7 @@ from salmonn.train.batches import make_batches, make_parts
 from salmonn.train.data import ClipSet
 from salmonn.train.encoding import cache_features
 from salmonn.train.sampling import SampleConfig, sample_captions
+from tests.replay import record
 
 SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_samples=2, batch_size=4)
 SEED = 7
@@ -60,6 +63,31 @@ def test_shares_of_samples_have_their_own_temperature(captioner, clips):
     for own, half in zip(hot, mixed, strict=True):
         assert half[:2] == own[:2] and half[2] == half[3] != half[0]  # at 0.01 both are the most likely caption
     assert SampleConfig(temperatures=(1.0, 0.7)).greedy() == SampleConfig(temperature=0.0, num_samples=1)
+
+
+def test_parts_do_not_depend_on_those_before(captioner, clips, monkeypatch):
+    """To the last bit: a GPU replays decode steps that were recorded in earlier parts, with other numbers of rows."""
+    monkeypatch.setattr(decode_graph, "is_on_one_gpu", lambda _: True)
+    monkeypatch.setattr(decode_graph, "CudaGraphRecorder", lambda: record)
+    monkeypatch.setattr(decode_graph, "STEPS_BEFORE_RECORDING", 2)
+    (clips,) = cache_features(captioner, clips, name="clips")
+    config, parts = replace(SAMPLING, logprobs=0), ([3], [0, 1, 2], [4])
+
+    def make() -> CachedGenerator:
+        return train_sampling._make_generator(captioner, clips, limits=BatchLimits(6))
+
+    def sample(generator, part) -> list[Caption]:
+        return train_sampling._sample_part(generator, clips, part, config, seed=SEED)
+
+    expected = [sample(make(), part) for part in parts]
+    for order in ((0, 1, 2), (1, 2, 0)):
+        generator = make()
+        for number in order:
+            assert sample(generator, parts[number]) == expected[number]
+        decoder = generator._scheduler._batch._batch.decoder
+        assert decoder.num_replayed > decoder.num_recorded > 0
+        count = decoder.num_recorded
+        assert sample(generator, parts[order[-1]]) == expected[order[-1]] and decoder.num_recorded == count
 
 
 @pytest.mark.parametrize("temperatures", [(), (1.0, 0.0), (1.0, 0.7, 0.5), (-1.0, 0.7)])
