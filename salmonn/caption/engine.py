@@ -4,7 +4,8 @@ The life of a request:
 1. `submit` checks it, counts it as active, and hands its file to the worker processes of the reader, unless the
    features of that clip are cached.
 2. Once the file is read, one sequence for each sample of the request enters the queue.
-3. The model thread admits sequences from the queue and prefills their prompts, which adds them to the batch.
+3. The model thread admits sequences from the queue and prefills their prompts, which adds them to the batch. On a GPU,
+   clips are encoded before that, while others are decoded.
 4. Each decode step generates one token for every sequence of the batch. New text goes to the request's callback;
    sequences that have ended or were cancelled leave the batch, and others can be admitted before the next step.
 5. When its last sequence has ended, the request is no longer active.
@@ -21,8 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.clip_cache import ClipCache, ClipKey
+from salmonn.caption.encode_ahead import make_encoder
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.prompt import Prompt
@@ -142,6 +146,7 @@ class Engine:
         # Except for the queue of the scheduler, used by the model thread alone.
         self._weights = MergedAdapter(captioner.network)
         self._scheduler = Scheduler[_Sequence](captioner.streaming_generator, limits=captioner.limits(batch_size))
+        self._encoder = make_encoder(captioner)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -350,6 +355,8 @@ class Engine:
                 self._prefill(admitted)
             if self._scheduler.running:
                 self._decode_step()
+        if self._encoder:
+            self._encoder.close()
 
     def _admit(self) -> list[_Sequence]:
         """Take sequences to prefill from the queue; if the batch is empty, wait for some. Returns none at the end."""
@@ -358,11 +365,23 @@ class Engine:
             while not self._is_aborted.is_set():
                 scheduler.waiting = [sequence for sequence in scheduler.waiting if not sequence.handle.is_done]
                 if scheduler.waiting or scheduler.running:
-                    return scheduler.admit(chunk_tokens=self.captioner.network.prefill_chunk_tokens)
+                    return self._admit_encoded()
                 if self._is_closing and not self._active:
                     break
                 self._changed.wait()
         return []
+
+    def _admit_encoded(self) -> list[_Sequence]:
+        """Admit sequences whose clips are encoded, if an encoder does that ahead; if the batch is empty, any others."""
+        scheduler, encoder, waiting = self._scheduler, self._encoder, self._scheduler.waiting
+        if encoder:
+            encoder.start_first(one.clip for one in waiting if not one.must_run_alone)
+            scheduler.limits = replace(scheduler.limits, reserved_bytes=encoder.reserved_bytes)
+            if scheduler.running:
+                scheduler.waiting = [one for one in waiting if one.must_run_alone or encoder.is_ready(one.clip)]
+        admitted = scheduler.admit(chunk_tokens=self.captioner.network.prefill_chunk_tokens)
+        scheduler.waiting = [one for one in waiting if one not in admitted]
+        return admitted
 
     def _prefill(self, admitted: Sequence[_Sequence]) -> None:
         """Prefill the prompts of sequences and add them to the batch."""
@@ -377,15 +396,29 @@ class Engine:
             self._retry_one_by_one(admitted, is_alone=is_alone)
 
     def _encode(self, admitted: Sequence[_Sequence]) -> None:
-        """Encode the clips of sequences and cache their features; without a cache, prefilling encodes them."""
-        unread = {id(one.clip): one.clip for one in admitted if isinstance(one.clip, ClipInputs)}
-        if not self._cache.max_bytes or not unread:
-            return
-        features = dict(zip(unread, self.captioner.encode(list(unread.values())), strict=True))
+        """Encode the clips of sequences and cache their features; without a cache on a CPU, prefilling encodes them."""
+        unread = {id(one.clip): one for one in admitted if isinstance(one.clip, ClipInputs)}
+        encoder, clips = self._encoder, [one.clip for one in unread.values() if isinstance(one.clip, ClipInputs)]
+        features: list[ClipInputs | ClipFeatures] = []
+        if encoder and not admitted[0].must_run_alone:
+            for clip in clips:
+                encoder.start(clip)
+            features += [encoder.take(clip) for clip in clips]
+            is_alone = not self._scheduler.running and len({id(one.clip) for one in admitted}) == 1
+            if not is_alone and any(isinstance(one, ClipInputs) for one in features):
+                raise torch.OutOfMemoryError("a clip could not be encoded while others were decoded")
+        elif self._cache.max_bytes:
+            features += self.captioner.encode(clips)
+        by_clip = dict(zip(unread, features, strict=False))
+        for key, encoded in by_clip.items():
+            if (cache_key := unread[key].handle.cache_key) and isinstance(encoded, ClipFeatures):
+                store = partial(self._cache.put, cache_key)
+                if encoder and encoded.tokens.is_cuda:
+                    encoder.copy_to_host(encoded, store)
+                else:
+                    store(encoded)
         for sequence in admitted:
-            sequence.clip = features.get(id(sequence.clip), sequence.clip)
-            if sequence.handle.cache_key and isinstance(sequence.clip, ClipFeatures):
-                self._cache.put(sequence.handle.cache_key, sequence.clip)
+            sequence.clip = by_clip.get(id(sequence.clip), sequence.clip)
 
     def _decode_step(self) -> None:
         """Evict cancelled sequences, generate one token for each of the others, and deliver the new text."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from salmonn.caption.encode_ahead import TimedInputs, encode_ahead
+from salmonn.caption.encode_ahead import TimedInputs, encode_ahead, make_encoder
 from salmonn.caption.generator import CaptionRequest, SegmentResult, to_failure
 from salmonn.caption.limits import BatchLimits
 from salmonn.caption.loader import ClipJob, ReadResult
@@ -37,7 +37,7 @@ def caption_clips(
     Yields:
         The results that became ready together.
     """
-    scheduler, jobs = captioner.scheduler(limits), dict[int, ClipJob]()
+    scheduler, jobs, encoder = captioner.scheduler(limits), dict[int, ClipJob](), make_encoder(captioner)
 
     def advance() -> Iterator[list[SegmentResult]]:
         ended = [(jobs.pop(sequence.index), sequence.request, outcome) for sequence, outcome in scheduler.advance()]
@@ -45,7 +45,9 @@ def caption_clips(
             yield [_to_result(job, _to_text(captioner, request, outcome)) for job, request, outcome in ended]
 
     num_failed = 0  # in a row
-    for number, (job, clip) in enumerate(encode_ahead(captioner, clips)):
+    for number, (job, clip) in enumerate(encode_ahead(clips, encoder)):
+        if encoder:
+            scheduler.limits = replace(limits, reserved_bytes=encoder.reserved_bytes)
         if isinstance(clip, ValueError):
             yield [_to_read_failure(job, clip)]
             num_failed += 1

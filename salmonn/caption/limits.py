@@ -25,12 +25,21 @@ class BatchLimits:
         num_tokens: maximum number of tokens that the KV cache can hold; None for no limit.
         growth: columns for generated tokens are added in steps of this number.
         is_padded: whether pages of prefixes and rows are padded, as in a static `KVCache`.
+        token_bytes: bytes of a token in the KV cache.
+        reserved_bytes: part of the memory of the KV cache that clips need which are encoded ahead.
     """
 
     num_rows: int
     num_tokens: int | None = None
     growth: int = 1
     is_padded: bool = False
+    token_bytes: int = 1
+    reserved_bytes: int = 0
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Maximum number of tokens that the KV cache can hold beside the reserved memory; None for no limit."""
+        return None if self.num_tokens is None else self.num_tokens - -(-self.reserved_bytes // self.token_bytes)
 
     def have_room(self, prefixes: Collection[int], new_tokens: Collection[int]) -> bool:
         """Return whether the KV cache has room.
@@ -39,16 +48,16 @@ class BatchLimits:
             prefixes: number of tokens of each prefix.
             new_tokens: largest number of generated tokens of each sequence.
         """
-        if self.num_tokens is None:
+        if (max_tokens := self.max_tokens) is None:
             return True
         # All rows have as many columns as the longest.
         num_rows, longest = len(new_tokens), max(new_tokens, default=0)
         if not self.is_padded:
-            return sum(prefixes) + num_rows * -(-longest // self.growth) * self.growth <= self.num_tokens
+            return sum(prefixes) + num_rows * -(-longest // self.growth) * self.growth <= max_tokens
         columns = padded_columns(longest, growth=self.growth)
         num_pages = padded_pages(sum(length // PAGE_LENGTH for length in prefixes))
         num_tails = padded_rows(sum(length % PAGE_LENGTH > 0 for length in prefixes))
-        return (num_pages + num_tails) * PAGE_LENGTH + padded_rows(num_rows) * columns <= self.num_tokens
+        return (num_pages + num_tails) * PAGE_LENGTH + padded_rows(num_rows) * columns <= max_tokens
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -69,15 +78,15 @@ def measure_limits(network: Network, *, batch_size: int | None, default: int) ->
         return BatchLimits(default if batch_size is None else batch_size)
     numbers, config = NumberSizes(network.dtype.itemsize, network.dtype.itemsize), network.lm.config.get_text_config()
     stack = Stack.of(config)
-    layer_bytes = kv_cache_bytes(stack, numbers, tokens=1) / stack.layers
+    layer_bytes = kv_cache_bytes(stack, numbers, tokens=1) // stack.layers
     # The cache of each layer is on its device; the fullest decides.
-    num_tokens = min(
-        int(KV_CACHE_SHARE * free_bytes(device) / (layer_bytes * num_layers))
+    num_tokens, token_bytes = min(
+        (int(KV_CACHE_SHARE * free_bytes(device) / (layer_bytes * num_layers)), layer_bytes * num_layers)
         for device, num_layers in layer_devices(network).items()
     )
     num_rows = max(default, GPU_BATCH_SIZE) if batch_size is None else batch_size
     is_static = is_on_one_gpu(network)  # decode steps are then recorded
-    return BatchLimits(num_rows, num_tokens, GROWTH_STATIC if is_static else GROWTH, is_static)
+    return BatchLimits(num_rows, num_tokens, GROWTH_STATIC if is_static else GROWTH, is_static, token_bytes)
 
 
 def layer_devices(network: Network) -> Counter[torch.device]:

@@ -206,7 +206,7 @@ class Scheduler(Generic[S]):
 
     def _release_for(self, admitted: Sequence[S]) -> None:
         """Release memory that is not in use if it would exceed the limit together with what a prefill computes."""
-        limit, prefixes = self.limits.num_tokens, {id(one.group): one.num_tokens for one in admitted}
+        limit, prefixes = self.limits.max_tokens, {id(one.group): one.num_tokens for one in admitted}
         is_full = limit is not None and self._batch.num_stored_tokens + sum(prefixes.values()) > limit
         if self.running and is_full:
             self._batch.release_unused()

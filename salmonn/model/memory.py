@@ -146,6 +146,25 @@ def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int, deep_tokens: in
     return (3 * tokens + 2 * deep_tokens) * stack.width * numbers.stored
 
 
+def encoder_workspace(network: Any, clip: Any, numbers: NumberSizes) -> int:
+    """Return the bytes of temporaries of the larger of a network's two encoders, for the `ClipInputs` of one clip.
+
+    Of the audio encoder, those of its convolutions, at twice the steps, or of a layer.
+    """
+    family, vision = network.family, Stack.of(network.get_submodule("vision.encoder").config)
+    visual: int = family.vision_peak_bytes(
+        clip,
+        patch_bytes=workspace(vision, numbers),
+        weight_bytes=numbers.stored,
+        matmul_bytes=numbers.computed,
+    )
+    if not family.hears:
+        return visual
+    audio = Stack.of(network.get_submodule("audio.encoder").config)
+    per_step = max(2 * 2 * numbers.computed * audio.width, workspace(audio, numbers))
+    return max(family.count_audio_steps(clip) * per_step, visual)
+
+
 def logits_bytes(vocabulary: int, numbers: NumberSizes, *, tokens: int) -> int:
     """Return the bytes of the answers' logits at the loss, V per token.
 

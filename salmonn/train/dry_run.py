@@ -314,18 +314,7 @@ class MemoryPlan:
         return MemoryEstimate(persistent, workspace, gpu_margins(persistent, workspace))
 
     def _encoder_workspace(self, numbers: NumberSizes) -> int:
-        """Return the larger workspace of the two encoders."""
-        visual = self.family.vision_peak_bytes(
-            self.media,
-            patch_bytes=estimate.workspace(self.vision, numbers),
-            weight_bytes=numbers.stored,
-            matmul_bytes=numbers.computed,
-        )
-        if self.audio is None:
-            return visual
-        # Whisper's convolutions, at twice the steps, or a layer's temporaries.
-        per_step = max(2 * 2 * numbers.computed * self.audio.width, estimate.workspace(self.audio, numbers))
-        return max(self.steps * per_step, visual)
+        return estimate.encoder_workspace(self.network, self.media, numbers)
 
     def _encoder_saved(self, *, checkpointed: bool) -> int:
         """Return the bytes that trained parts of the encoders save for the backward pass."""

@@ -3,7 +3,6 @@
 import shutil
 import threading
 from dataclasses import replace
-from functools import partial
 
 import av
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from salmonn.caption import folder
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.caption.encode_ahead import encode_ahead
+from salmonn.caption.encode_ahead import ClipEncoder
 from salmonn.caption.generate import DecodeBatch, SampledToken
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.limits import BatchLimits
@@ -111,7 +110,7 @@ def test_clips_are_encoded_ahead(captioner, videos, tmp_path, monkeypatch):
     """As on a GPU, in a thread; one for which there is no memory beside others is captioned alone."""
     (tmp_path / "a.mp4").touch()
     expected = [captioner.caption(video, sampling=SHORT) for video in videos[:4]]
-    monkeypatch.setattr(folder, "encode_ahead", partial(encode_ahead, is_ahead=True))
+    monkeypatch.setattr(folder, "make_encoder", ClipEncoder)
     encode, threads = captioner.network.encode, []
 
     def note(clips, layouts):

@@ -6,7 +6,9 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import torch
 
+from salmonn.caption.encode_ahead import ClipEncoder
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.processor import PromptRow
@@ -79,6 +81,46 @@ def test_a_new_request_joins_the_running_batch(engine, model, videos):
     wait_until(first.texts)
     assert first.texts() == {0: model.caption(videos[0], sampling=long).text}
     assert second.texts() == {0: model.caption(videos[1], sampling=FREE, seed=4).text}
+
+
+def test_a_request_is_encoded_while_others_are_decoded(engine, model, videos, monkeypatch):
+    """As on a GPU; it joins once its features are there. One for which memory is short then runs alone."""
+    encoder, may_encode, threads, encode = ClipEncoder(model), threading.Event(), [], model.network.encode
+    monkeypatch.setattr(engine, "_encoder", encoder)
+
+    def note(clips, layouts):
+        threads.append(threading.current_thread().name.partition("_")[0])
+        if len(threads) == 2:
+            may_encode.wait(STEP_SECONDS)
+        if len(threads) == 3:
+            raise torch.OutOfMemoryError
+        return encode(clips, layouts)
+
+    monkeypatch.setattr(model.network, "encode", note)
+    long, recorders = Sampling(max_new_tokens=100), [EventRecorder() for _ in range(3)]
+    model.gate.clear()
+    engine.submit(CaptionRequest(videos[0], sampling=long), on_event=recorders[0])
+    make_steps(model, 3)
+    engine.submit(CaptionRequest(videos[1], sampling=SHORT), on_event=recorders[1])
+    wait_until(lambda: engine.num_waiting == 1)
+    make_steps(model, 5)
+    assert threads == ["encode"] * 2 and model.batches == [1]
+    may_encode.set()
+    wait_until(lambda: encoder.is_ready(engine._scheduler.waiting[0].clip))
+    make_steps(model, 2)
+    assert model.batches == [1, 1]
+    engine.submit(CaptionRequest(videos[2], sampling=SHORT), on_event=recorders[2])
+    wait_until(lambda: engine.num_waiting == 1)
+    make_steps(model, 5)
+    assert threads == ["encode"] * 3 and model.batches == [1, 1]
+    model.gate.set()
+    wait_until(lambda: all(recorder.texts() for recorder in recorders))
+    assert threads == ["encode"] * 3 + ["model"] and model.batches == [1, 1, 1]
+    monkeypatch.setattr(model.network, "encode", encode)
+    for video, recorder, sampling in zip(videos, recorders, (long, SHORT, SHORT), strict=False):
+        assert recorder.texts() == {0: model.caption(video, sampling=sampling).text}
+    assert encoder.reserved_bytes > 0 and engine._scheduler.limits.reserved_bytes == encoder.reserved_bytes
+    encoder.close()
 
 
 def test_long_prompts_are_prefilled_one_at_a_time(engine, model, videos, monkeypatch):

@@ -1,6 +1,6 @@
 """The scheduler: what is decoded together, with scripted lengths; and its captions, equal to those of separate runs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -191,9 +191,9 @@ def test_the_kv_cache_is_limited_by_the_free_memory_of_a_gpu(captioner, monkeypa
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: needed / 2)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: needed / 4)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0.751 * needed, 0))
-    assert measure_limits(fake, batch_size=None, default=1) == BatchLimits(64, 1001, 256, True)
-    assert measure_limits(fake, batch_size=None, default=100) == BatchLimits(100, 1001, 256, True)
-    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001, 256, True)
+    assert measure_limits(fake, batch_size=None, default=1) == BatchLimits(64, 1001, 256, True, token)
+    assert measure_limits(fake, batch_size=None, default=100) == BatchLimits(100, 1001, 256, True, token)
+    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001, 256, True, token)
 
 
 def test_the_gpu_with_least_room_for_its_layers_decides(captioner, monkeypatch):
@@ -213,13 +213,16 @@ def test_the_gpu_with_least_room_for_its_layers_decides(captioner, monkeypatch):
     token_of_layer = 2 * 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     free = {first: 4000 * token_of_layer / KV_CACHE_SHARE, second: 2002 * token_of_layer / KV_CACHE_SHARE}
     monkeypatch.setattr(limits, "free_bytes", free.__getitem__)
-    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001, 64, False)
+    assert measure_limits(fake, batch_size=8, default=1) == BatchLimits(8, 1001, 64, False, 2 * token_of_layer)
 
 
 def test_room_is_that_of_the_cache():
     """Rows have as many columns as the longest, in steps; a static cache pads pages, tails and rows."""
     assert BatchLimits(8, 100 + 2 * 128, growth=64).have_room([60, 40], [10, 65])
     assert not BatchLimits(8, 100 + 2 * 128 - 1, growth=64).have_room([60, 40], [10, 65])
+    reserved = BatchLimits(8, 100 + 2 * 128 + 3, growth=64, token_bytes=10, reserved_bytes=30)
+    assert reserved.have_room([60, 40], [10, 65])
+    assert not replace(reserved, reserved_bytes=31).have_room([60, 40], [10, 65])
     needed = (18 + 4) * 512 + 4 * 272  # 17 pages are padded to 18, three tails and rows to four
     prefixes = [9 * 512 + 1, 5 * 512 + 7, 3 * 512 + 2]
     assert BatchLimits(8, needed, 256, True).have_room(prefixes, [200, 1, 1])
