@@ -54,7 +54,7 @@ from salmonn.train.mrdpo import (
     load_data,
     print_memory_plan,
 )
-from salmonn.train.mrdpo_steps import plan_steps
+from salmonn.train.mrdpo_steps import lacks_captions, plan_steps
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
     Example,
@@ -85,7 +85,6 @@ from salmonn.train.run_log import (
     RewardRound,
     RunSummary,
 )
-from salmonn.train.sampling import CAPTIONS_NAME
 from salmonn.train.sharded import merge_sharded
 from salmonn.train.stages import (
     ModelPath,
@@ -122,9 +121,9 @@ def main(config: MrDpoConfig) -> None:
     train, heldout = load_data(config, reward, processor, judge=judge)
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
-    open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
-    server = config.server_sampler(processor)
-    if server and is_missing(config.out / "round_1" / CAPTIONS_NAME):
+    steps = plan_steps(config, train, heldout, rating_file=rating_file)
+    open_run(config, steps, name="mrdpo")
+    if (server := config.server_sampler(processor)) and lacks_captions(config, steps):
         server.connect()  # what is wrong with it is found before hours of work
     captioner = load_encoders_of(config)
     selection = config.selection

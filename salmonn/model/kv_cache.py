@@ -155,6 +155,7 @@ class KVCache:
         self._counters: tuple[tuple[Tensor, Tensor], ...] = ()  # columns and positions of a step's rows, and increments
         self._step_columns = self._columns
         self._is_static = self._is_reserved = False
+        self._num_started = 0  # rows at the start that the last step has added a token to
         self.num_columns = max(self._lengths)
         self.expected_tokens = self.storage_version = 0
 
@@ -365,14 +366,15 @@ class KVCache:
 
     def count_step(self, *, num_waiting: int = 0) -> None:
         """Count the tokens of a step on the host."""
-        started = len(self) - num_waiting
+        started = self._num_started = len(self) - num_waiting
         self._lengths = [length + (row < started) for row, length in enumerate(self._lengths)]
 
     def rewind(self) -> None:
-        """Undo the last step, of all rows; the next one takes its place."""
-        for counter, increments in self._counters:
-            counter.sub_(increments)
-        self._lengths = [length - 1 for length in self._lengths]
+        """Undo the last step, before rows come or go; the next one takes its place."""
+        started = self._num_started
+        self._columns[:started] -= 1
+        self._positions[:, :started] -= 1
+        self._lengths = [length - (row < started) for row, length in enumerate(self._lengths)]
 
     def _change_layout(self) -> None:
         """Note that rows came or went."""

@@ -1,16 +1,19 @@
 """Steps of an mrDPO run, and the settings that each depends on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from salmonn import dist
 from salmonn.model.loading import CONFIG_NAME
 from salmonn.preference.reward_model import hash_reward_model
+from salmonn.records import read_json
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import RATES_NAME
 from salmonn.train.influence import INFLUENCE_NAME
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig
 from salmonn.train.reward_rounds import LABEL_FILES
 from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME
+from salmonn.train.run_log import SUMMARY_NAME
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
 from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME
 
@@ -71,6 +74,29 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         training = choose("rebirth", "references", "seed")
         steps += _training_steps("rebirth", training, evaluation, needs=needs)
     return steps
+
+
+def lacks_captions(config: MrDpoConfig, steps: Sequence[Step]) -> bool:
+    """Return whether a run has captions left that its server must sample, on all ranks as rank 0 finds it.
+
+    Args:
+        config: configuration.
+        steps: all steps of the run.
+    """
+    if not dist.is_main():
+        return dist.gather([False])[0]
+    path = config.out / SUMMARY_NAME
+    summary = read_json(path) if path.is_file() else None
+    # A run that has ended may have stopped before its last round, or skipped rebirth.
+    last = len(summary["rounds"]) if summary and summary["stopped"] else config.rounds
+    stages = {"sft", *(f"round_{number}" for number in range(1, last + 1)), *(() if summary else ("rebirth",))}
+    sampled = ("captions", "heldout") if config.load_sharded else ("captions",)
+    missing = (
+        step.name.startswith(tuple(f"{stage}/" for stage in stages)) and not (config.out / step.result).is_file()
+        for step in steps
+        if step.name.endswith(sampled)
+    )
+    return dist.gather([any(missing)])[0]
 
 
 def _example_steps(

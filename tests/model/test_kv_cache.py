@@ -114,6 +114,23 @@ def test_rows_join_and_leave(is_static):
         assert one.step() < 1e-6
 
 
+@pytest.mark.parametrize("is_static", [False, True])
+def test_a_step_is_undone(is_static):
+    """Also one in which the last rows have no token yet: those keep their length."""
+    one = Cache(GROUPS, is_static=is_static)
+    one.cache.extend(Cache([(9, [2, 1])], seed=1).cache)
+    other = Cache([(9, [2, 1])], seed=1)
+    one.rows += other.rows
+    for num_waiting in (2, 0):
+        lengths, rows = list(one.cache._lengths), [Row(row.keys, row.values) for row in one.rows]
+        assert one.step(num_waiting=num_waiting) < 1e-6
+        one.cache.rewind()
+        assert one.cache._lengths == lengths
+        one.rows = rows
+        assert one.step(num_waiting=num_waiting) < 1e-6
+    assert one.step() < 1e-6
+
+
 def test_padding_changes_nothing_else():
     """Rows that are not in use write to their own places; tensors stay where they are while rows come and go."""
     one = Cache(GROUPS, is_static=True)

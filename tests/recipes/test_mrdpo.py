@@ -35,7 +35,7 @@ from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_log import RewardRound
 from salmonn.train.sampling import SampleConfig
-from salmonn.train.server_sampling import SamplerConfig
+from salmonn.train.server_sampling import SamplerConfig, ServerSampler
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 from tests.score.fake_llm_server import rule_judge_script
@@ -703,6 +703,44 @@ def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, 
         with pytest.raises(ValueError, match=r"no projection q_prj; it has .*q_proj"):
             recipe.main(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_tests_its_server_first(load_recipe, random_model, clips, tmp_path, monkeypatch):
+    """Unless it has all captions: those of held-out clips, too, where no process has the whole model."""
+    recipe, out = load_recipe("mrdpo"), tmp_path / "run"
+    monkeypatch.setattr(recipe.dist, "setup", lambda **_: None)
+    monkeypatch.setattr(recipe, "load_data", lambda *_, **__: (clips, clips))
+
+    def fail(error):
+        raise error
+
+    monkeypatch.setattr(ServerSampler, "connect", lambda _: fail(ValueError("unreachable")))
+    monkeypatch.setattr(recipe, "load_encoders_of", lambda _: fail(ZeroDivisionError))
+    sampler = SamplerConfig(server="http://localhost:1/v1", server_model="m")
+    whole = MrDpoConfig(
+        model=str(random_model), out=out, sampler=sampler, rounds=2, rebirth=None, kl=KLConfig(num_clips=0)
+    )
+    sharded = replace(whole, load_sharded=True, strategy="fsdp2", out=tmp_path / "sharded")
+    monkeypatch.setattr(recipe, "check_processes", lambda *_: None)
+    made = [
+        ("round_1/captions.jsonl", ValueError, ValueError),
+        ("round_2/captions.jsonl", ZeroDivisionError, ValueError),
+        *((f"{stage}/heldout/rates.json", ZeroDivisionError, ValueError) for stage in ("sft", "round_1")),
+        ("round_2/heldout/rates.json", ZeroDivisionError, ZeroDivisionError),
+    ]
+    for config, index in ((whole, 1), (sharded, 2)):
+        with pytest.raises(ValueError, match="unreachable"):
+            recipe.main(config)
+        for row in made:
+            path = config.out / row[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            with pytest.raises(row[index]):
+                recipe.main(config)
+    (sharded.out / "summary.json").write_text(json.dumps({"rounds": [{}], "stopped": "no gain"}))
+    (sharded.out / "round_2" / "captions.jsonl").unlink()  # which a run that stopped after round 1 does not sample
+    with pytest.raises(ZeroDivisionError):
+        recipe.main(sharded)
 
 
 def test_a_dry_run_shows_what_a_server_leaves_to_this_process(capsys):

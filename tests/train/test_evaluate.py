@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from salmonn.train.evaluate import evaluate, judge_captions
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.sampling import SampleConfig, answer_questions, sample_captions
+from salmonn.train.server_sampling import ServerSampler
+from salmonn.train.stages import Run, measure
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 
@@ -165,3 +169,43 @@ def test_a_few_unreadable_clips_are_left_out(captioner, clips, tmp_path, caplog,
     train, heldout = encode(0)
     assert train.references == [clips.references[0], clips.references[2]] and heldout.references == clips.references[4:]
     assert re.search(r"left out as before: \S+, \S+; delete \S+left_out\.jsonl to read them again", caplog.text)
+
+
+def test_captions_of_a_server_that_were_sampled_before_a_kill(clips, tmp_path):
+    """Held-out captions have one file, which the evaluation writes again with the same content."""
+    num_sampled, captions = [], [Caption(one.video, one.caption) for one in clips.references]
+
+    class Server(ServerSampler):
+        """Samples reference captions."""
+
+        def __init__(self) -> None: ...
+
+        def connect(self):
+            return SimpleNamespace(client=SimpleNamespace(use_model=lambda _: None))
+
+        @contextmanager
+        def _serve(self, adapters):
+            yield "m"
+
+        def _sample(self, *args, **options):
+            num_sampled.append(1)
+            return captions
+
+    class Killed(RuleJudge):
+        """Does not judge."""
+
+        def judge(self, tasks):
+            raise InterruptedError
+
+    kl = SimpleNamespace(num_clips=0)
+    config = SimpleNamespace(load_sharded=True, sampling=SAMPLING, seed=1, out=tmp_path, kl=kl)
+    folder = tmp_path / "sft" / "heldout"
+    with pytest.raises(InterruptedError):
+        measure("m", folder.parent, Run(config, clips, clips, Killed(), None, Server()))
+    before = (folder / "captions.jsonl").read_bytes()
+    run = Run(config, clips, clips, RuleJudge(), None, Server())
+    rates = measure("m", folder.parent, run)
+    assert rates == measure("m", folder.parent, run) and rates.clips == len(captions)
+    assert len(num_sampled) == 1 and (folder / "captions.jsonl").read_bytes() == before
+    names = ["answers.jsonl", "captions.jsonl", "rates.json", "scores.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == names
