@@ -8,8 +8,9 @@ The windows of Qwen2.5-VL's vision tower, thousands in a clip, go through SDPA i
 (`window_attention`).
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,35 @@ WINDOW_NAME = "salmonn_flash_windows"
 # All but cuDNN, which PyTorch prefers on recent GPUs. It builds a plan, in up to 0.4 s, for each new shape, and each
 # clip has its own length. In training, where a step takes seconds, its faster kernels are worth two plans.
 BACKENDS_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class SharedBackends(AbstractContextManager[None]):
+    """Chooses kernels of SDPA while any thread is within the context.
+
+    The choice is one of the whole process. If each of two threads restored what it had found, the first choice could
+    remain: clips are encoded in a thread while prompts are prefilled.
+    """
+
+    def __init__(self, backends: Sequence[SDPBackend]) -> None:
+        self._backends = list(backends)
+        self._lock, self._num_within, self._choice = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        """Choose, in the first thread."""
+        with self._lock:
+            if not self._num_within:
+                self._choice.enter_context(sdpa_kernel(self._backends, set_priority=True))
+            self._num_within += 1
+
+    def __exit__(self, *_: object) -> None:
+        """Restore, in the last thread."""
+        with self._lock:
+            self._num_within -= 1
+            if not self._num_within:
+                self._choice.close()
+
+
+WITHOUT_PLANS = SharedBackends(BACKENDS_WITHOUT_PLANS)
 
 
 class AttentionBackend(Protocol):
@@ -114,7 +144,7 @@ def window_attention(
             tensor[0].transpose(0, 1)[place].unflatten(0, (-1, length)).transpose(1, 2)  # (W, H, length, d)
             for tensor in (query, key, value)
         )
-        with sdpa_kernel(BACKENDS_WITHOUT_PLANS, set_priority=True):
+        with WITHOUT_PLANS:
             output = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         places.append(place)
@@ -197,7 +227,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sca
         # The memory-efficient kernel for float32 takes no groups; the fallback would form all scores.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
         is_grouped = False
-    with nullcontext() if torch.is_grad_enabled() else sdpa_kernel(BACKENDS_WITHOUT_PLANS, set_priority=True):
+    with nullcontext() if torch.is_grad_enabled() else WITHOUT_PLANS:
         return F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
         )

@@ -24,6 +24,7 @@ from salmonn.model.decode_layers import make_decode_layers
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.kv_tables import StepShape
 from salmonn.model.network import Network
+from salmonn.model.transfer import own_stream
 
 logger = logging.getLogger(__name__)
 # Recording takes as long as some steps, and not every shape lasts. These steps also load all kernels.
@@ -157,7 +158,9 @@ class CudaGraphRecorder:
 
     def __call__(self, run: Run) -> tuple[Callable[[], object], Tensor]:
         """Record a function."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        stream = own_stream(torch.device("cuda", torch.cuda.current_device()), "recording")
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Other threads, which decode files or encode clips, may allocate memory meanwhile.

@@ -16,7 +16,7 @@ depends on the rows since then, and not on those before.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -63,10 +63,9 @@ class _Pool:
         """Return the first columns of the first parts."""
         return self.keys[:count, :, :columns], self.values[:count, :, :columns]
 
-    def move(self, moves: Mapping[int, int]) -> None:
-        """Copy parts to other places, {source: target}."""
-        if moves:
-            sources, targets = (torch.tensor(list(one), device=self.keys.device) for one in (moves, moves.values()))
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy parts to other places."""
+        if len(sources):
             for tensor in (self.keys, self.values):
                 tensor[targets] = tensor[sources]
 
@@ -257,12 +256,17 @@ class KVCache:
         self._groups = [groups.index(self._groups[row]) for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
         self._change_layout()
+        moves = [torch.tensor([list(one), list(one.values())]).long() for one in (page_moves, tail_moves, row_moves)]
+        by_device = dict[torch.device, list[Tensor]]()  # copied once for all layers, without waiting for the device
         for cache in self._layers.values():
-            for pool, moves in zip(cache.pools, (page_moves, tail_moves, row_moves), strict=True):
-                pool.move(moves)
+            device = cache.own.keys.device
+            if device not in by_device:
+                by_device[device] = [one.to(device, non_blocking=True) for one in moves]
+            for pool, (sources, targets) in zip(cache.pools, by_device[device], strict=True):
+                pool.move(sources, targets)
         if not self.is_static:
             self.release_unused()
-        index = torch.tensor(rows, device=self._columns.device)
+        index = torch.tensor(rows).to(self._columns.device, non_blocking=True)
         self._positions[:, : len(rows)], self._columns[: len(rows)] = self._positions[:, index], self._columns[index]
 
     def release_unused(self) -> None:

@@ -6,11 +6,22 @@ main stream       encode clip 1             encode clip 2
 """
 
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from salmonn.model.layout import ClipInputs
+
+
+@cache
+def own_stream(device: torch.device, purpose: str) -> torch.cuda.Stream | None:
+    """Return the stream of a GPU for a purpose; None on a CPU.
+
+    PyTorch has 32 streams for each GPU and hands them out in turn. If each recording of a decode step asked for one, it
+    would get that of the encoders in the end, and record what another thread starts there.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 class CopyStream:
@@ -22,7 +33,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = own_stream(device, "copies")
 
     def to_device(self, clip: ClipInputs) -> ClipInputs:
         """Copy a clip to the device; later computations wait for it, and those already started do not."""
@@ -61,7 +72,7 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = own_stream(device, "encoders")
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # which may still be loading weights
 

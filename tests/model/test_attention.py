@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -25,6 +26,20 @@ PACKED = PackedBatch(
     groups=(PrefixGroup(4, (0, 2), 5, (2, 3)), PrefixGroup(7, (1,), 4, (1,))),
 )
 ROWS = {0: [0, 1, 2, 3, 4, 5, 6], 2: [0, 1, 2, 3, 4, 7, 8, 9], 1: [10, 11, 12, 13, 14]}  # indices of the rows' tokens
+
+
+def test_threads_share_the_choice_of_kernels():
+    """The first to leave does not restore it for the other, and the last restores what the first found."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    assert enabled()
+    for leave_first in (False, True):
+        with ExitStack() as prefill, ExitStack() as encoding:
+            for stack in (prefill, encoding):
+                stack.enter_context(attention.WITHOUT_PLANS)
+                assert not enabled()
+            (prefill if leave_first else encoding).close()
+            assert not enabled()
+        assert enabled()
 
 
 def random_heads(num_tokens: int, *, num_heads: int, seed: int) -> Tensor:
