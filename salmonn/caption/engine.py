@@ -376,7 +376,8 @@ class Engine:
         scheduler, encoder, waiting = self._scheduler, self._encoder, self._scheduler.waiting
         if encoder:
             encoder.start_first(one.clip for one in waiting if not one.must_run_alone)
-            scheduler.limits = replace(scheduler.limits, reserved_bytes=encoder.reserved_bytes)
+            if scheduler.limits.reserved_bytes != encoder.reserved_bytes:
+                scheduler.limits = replace(scheduler.limits, reserved_bytes=encoder.reserved_bytes)
             if scheduler.running:
                 scheduler.waiting = [one for one in waiting if one.must_run_alone or encoder.is_ready(one.clip)]
         admitted = scheduler.admit(chunk_tokens=self.captioner.network.prefill_chunk_tokens)

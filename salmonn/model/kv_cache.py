@@ -280,6 +280,8 @@ class KVCache:
 
     def clear(self) -> None:
         """Remove all rows, but keep the memory for others."""
+        if not len(self):
+            return
         for cache in self._layers.values():
             for pool in cache.pools:
                 pool.clear()
