@@ -1,13 +1,16 @@
 """Recorded decode steps equal those that are run."""
 
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
 from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
-from salmonn.model import decode_graph, kv_cache
-from salmonn.model.decode_graph import GraphDecoder
+from salmonn.model import decode_graph, kv_cache, transfer
+from salmonn.model.decode_graph import CudaGraphRecorder, GraphDecoder
 from tests.replay import record
 
 HOT = Sampling(temperature=5.0, max_new_tokens=12)
@@ -90,6 +93,30 @@ def test_the_next_batch_replays_the_steps_of_the_first(captioner, media, monkeyp
     assert found[0] == found[1] == found[3] == found[4] != found[2]
     assert 2 < recorded[0] == recorded[1] < recorded[2] < recorded[3] == recorded[4]
     assert decoder.num_replayed > 20
+
+
+def test_all_recordings_use_one_stream(monkeypatch):
+    """PyTorch hands out 32 streams in turn: with one for each recording, that of the encoders would be used, too."""
+    created, used, graphs = [], [], []
+
+    def create(device):
+        created.append(device)
+        return MagicMock()
+
+    monkeypatch.setattr(torch.cuda, "Stream", create)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(MagicMock()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    transfer.own_stream.cache_clear()
+    other, recorder = transfer.own_stream(torch.device("cuda", 0), "encoders"), CudaGraphRecorder()
+    results = [recorder(lambda number=number: number)[1] for number in range(40)]
+    transfer.own_stream.cache_clear()
+    assert (
+        results == list(range(40)) and len(created) == 2 and {id(one) for one in used} == {id(used[0])} != {id(other)}
+    )
+    pools = [graph.capture_begin.call_args.kwargs["pool"] for graph in graphs]
+    assert pools == [None] + [graphs[0].pool()] * 39
 
 
 def test_steps_that_cannot_be_recorded(captioner, media, caplog):

@@ -131,6 +131,26 @@ def test_a_step_is_undone(is_static):
     assert one.step() < 1e-6
 
 
+def test_a_cleared_cache_is_used_again():
+    """Other rows find its tensors, and nothing in them: NaN would spread to every row."""
+    one = Cache(GROUPS, is_static=True)
+    assert max(one.step() for _ in range(2)) < 1e-6
+    for pool in one.cache._layers[0].pools:
+        pool.keys.fill_(torch.nan)
+        pool.values.fill_(torch.nan)
+    version, num_stored = one.cache.storage_version, one.cache.num_stored_tokens
+    one.cache.clear()
+    other = Cache([(9, [2, 1]), (4, [1])], seed=1)
+    one.cache.extend(other.cache)
+    one.rows = other.rows
+    assert max(one.step() for _ in range(3)) < 1e-6
+    assert (one.cache.storage_version, one.cache.num_stored_tokens) == (version, num_stored)
+    one.cache.evict(torch.tensor([False, False, True]))
+    one.rows = one.rows[2:]
+    one.cache.release_unused()
+    assert one.cache.num_stored_tokens < num_stored / 2 and one.step() < 1e-6
+
+
 def test_padding_changes_nothing_else():
     """Rows that are not in use write to their own places; tensors stay where they are while rows come and go."""
     one = Cache(GROUPS, is_static=True)
