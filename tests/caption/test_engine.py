@@ -104,15 +104,17 @@ def test_a_request_is_encoded_while_others_are_decoded(engine, model, videos, mo
     engine.submit(CaptionRequest(videos[1], sampling=SHORT), on_event=recorders[1])
     wait_until(lambda: engine.num_waiting == 1)
     make_steps(model, 5)
-    assert threads == ["encode"] * 2 and model.batches == [1]
+    wait_until(lambda: len(threads) == 2)
+    assert model.batches == [1]
     may_encode.set()
-    wait_until(lambda: encoder.is_ready(engine._scheduler.waiting[0].clip))
+    wait_until(lambda: all(future.done() for _, future in encoder._started.values()))
     make_steps(model, 2)
-    assert model.batches == [1, 1]
+    assert model.batches == [1, 1] and threads == ["encode"] * 2
     engine.submit(CaptionRequest(videos[2], sampling=SHORT), on_event=recorders[2])
     wait_until(lambda: engine.num_waiting == 1)
     make_steps(model, 5)
-    assert threads == ["encode"] * 3 and model.batches == [1, 1]
+    wait_until(lambda: len(threads) == 3)
+    assert model.batches == [1, 1]
     model.gate.set()
     wait_until(lambda: all(recorder.texts() for recorder in recorders))
     assert threads == ["encode"] * 3 + ["model"] and model.batches == [1, 1, 1]

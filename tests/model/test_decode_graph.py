@@ -9,7 +9,7 @@ import torch
 from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
-from salmonn.model import decode_graph, kv_cache, transfer
+from salmonn.model import decode_graph, kv_cache, kv_tables, transfer
 from salmonn.model.decode_graph import CudaGraphRecorder, GraphDecoder
 from tests.replay import record
 
@@ -23,7 +23,8 @@ def generate(captioner, media, *, make_recorder=None, stop_ids=(-1,), joining=((
         The tokens, the largest logits of each step, and the decoder.
     """
     rows, found, logits = [PromptRow(0, "Tell."), PromptRow(1, "Say.")], {}, []
-    batch = batch or start(captioner, make_recorder=make_recorder, stop_ids=stop_ids)
+    if batch is None:
+        batch = start(captioner, make_recorder=make_recorder, stop_ids=stop_ids)
     first_row = batch._num_added
     batch.add(captioner.processor.collate(rows, media[:2]), sampling=HOT, num_samples=4, seeds=[1, 2])
     joining = dict(joining)
@@ -48,10 +49,11 @@ def start(captioner, *, make_recorder, stop_ids=(-1,)):
 def _short(monkeypatch):
     monkeypatch.setattr(decode_graph, "STEPS_BEFORE_RECORDING", 1)
     monkeypatch.setattr(kv_cache, "PAGE_LENGTH", 64)
+    monkeypatch.setattr(kv_tables, "FIRST_COLUMNS", 2)
 
 
 def test_replayed_steps_equal_others(captioner, media, monkeypatch):
-    """Rows end and others join, for which padding makes room, until the cache grows and its tensors are replaced."""
+    """Rows end and others join, for which padding makes room; with the number of their tokens, the shape changes."""
     monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 6)
     plain, *_ = generate(captioner, media, make_recorder=None)
     stop_ids = [plain[0][5], plain[2][6], plain[9][7]]
@@ -75,24 +77,25 @@ def test_replayed_steps_equal_others(captioner, media, monkeypatch):
     assert max(map(len, counts)) >= 2  # replayed with other rows than those it was recorded with
 
 
-def test_the_next_batch_replays_the_steps_of_the_first(captioner, media, monkeypatch):
-    """Nothing is recorded again; after a batch with more rows, whose tensors are larger, it is once.
+def test_later_batches_replay_the_steps_of_earlier_ones(captioner, media, monkeypatch):
+    """Once there is room for all rows, nothing is recorded again, until a batch has more of them.
 
     What ran before changes no bit.
     """
     monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 6)
-    others = dict(media=media[1:], joining=((1, 9), (2, 3)))
-    (plain, *_), (plain_others, *_) = (generate(captioner, **one) for one in (dict(media=media), others))
-    batch, found, recorded = start(captioner, make_recorder=lambda: record), [], []
-    for number in range(5):
+    batches = [dict(media=media)] * 6
+    batches[3] = dict(media=media[1:], joining=((1, 9), (2, 3)))
+    expected = [generate(captioner, **one)[0] for one in (batches[0], batches[3])]
+    batch, logits, recorded, replayed = start(captioner, make_recorder=lambda: record), [], [], []
+    for number, one in enumerate(batches):
         batch.decoder.restart()
-        tokens, logits, decoder = generate(captioner, **(others if number == 2 else dict(media=media)), batch=batch)
-        assert tokens == (plain_others if number == 2 else plain)
-        found.append(logits)
+        tokens, found, decoder = generate(captioner, **one, batch=batch)
+        assert tokens == expected[number == 3]
+        logits.append(found)
         recorded.append(decoder.num_recorded)
-    assert found[0] == found[1] == found[3] == found[4] != found[2]
-    assert 2 < recorded[0] == recorded[1] < recorded[2] < recorded[3] == recorded[4]
-    assert decoder.num_replayed > 20
+        replayed.append(decoder.num_replayed)
+    assert 2 < recorded[1] == recorded[2] < recorded[3] < recorded[4] == recorded[5]
+    assert logits.count(logits[0]) == 5 and replayed[5] - replayed[4] > 3
 
 
 def test_all_recordings_use_one_stream(monkeypatch):
@@ -112,9 +115,8 @@ def test_all_recordings_use_one_stream(monkeypatch):
     other, recorder = transfer.own_stream(torch.device("cuda", 0), "encoders"), CudaGraphRecorder()
     results = [recorder(lambda number=number: number)[1] for number in range(40)]
     transfer.own_stream.cache_clear()
-    assert (
-        results == list(range(40)) and len(created) == 2 and {id(one) for one in used} == {id(used[0])} != {id(other)}
-    )
+    assert results == list(range(40)) and len(created) == 2
+    assert {id(one) for one in used} == {id(used[0])} != {id(other)}
     pools = [graph.capture_begin.call_args.kwargs["pool"] for graph in graphs]
     assert pools == [None] + [graphs[0].pool()] * 39
 
