@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from salmonn import dist
+from salmonn.files import read_json
 from salmonn.model.loading import CONFIG_NAME
 from salmonn.preference.reward_model import hash_reward_model
-from salmonn.records import read_json
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import RATES_NAME
 from salmonn.train.influence import INFLUENCE_NAME
