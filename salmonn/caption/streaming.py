@@ -85,6 +85,7 @@ class StreamingGenerator:
         """
         if sampling.json_schema is not None:
             self._batch.grammars = self._processor.json_grammars
+        self._batch.stop_ids = self._processor.stop_ids
         inputs = collate(self._processor, clips, prompts).to(self._device)
         rows = self._batch.add(inputs, sampling=sampling, seeds=seeds)
         for row, clip in zip(rows, clips, strict=True):
