@@ -77,6 +77,9 @@ def preload() -> None:
     with contextlib.suppress(ImportError, AttributeError):  # other versions have it elsewhere
         # Made by each process that loads a model, in 0.2 s.
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen2")
+    config, mrdpo = (importlib.import_module(f"salmonn.{name}") for name in ("config", "train.mrdpo"))
+    for make in (config.make_parser, config.make_writer):  # of the recipe that tests start most often
+        make(mrdpo.MrDpoConfig)
     importlib.import_module("torch").set_num_threads(1)
     threads = os.listdir("/proc/self/task") if Path("/proc/self/task").is_dir() else [1]  # noqa: PTH208
     assert len(threads) == 1, "a process with threads cannot be forked safely: find the import that starts one"
