@@ -34,10 +34,10 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m slow
+	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff check .
@@ -65,11 +65,11 @@ test-resume: setup
 	$(BIN)/python tools/resume.py --num-kills 20 --processes 1 2
 
 fuzz: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow tests/test_fuzz.py
+	$(BIN)/pytest -q -s -m slow tests/test_fuzz.py
 
 # The table of differences from transformers and the published code (docs/published.md).
 exactness: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s $(EXACTNESS_TESTS) | grep -E '^(\||[0-9]+ (passed|failed))'
+	$(BIN)/pytest -q -s $(EXACTNESS_TESTS) | grep -E '^(\||[0-9]+ (passed|failed))'
 
 # CPU_INDEX and CUDA_INDEX are the indexes of the builds of torch.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu

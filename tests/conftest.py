@@ -8,11 +8,12 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Bitwise comparisons need one device and one order of sums: tests run on one CPU thread.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"  # also of what is imported: the fork server may have no threads
 # Collecting garbage is a quarter of the time of importing, and afterwards each collection would visit what is imported.
 gc.disable()
 
@@ -30,6 +31,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
 from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.network import Network
+from salmonn.records import Reference
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.data import ClipSet, all_texts
 from tests.exactness import FOUND, exactness_table
@@ -94,25 +96,36 @@ def videos(clips):
     return [clips.root / reference.video for reference in clips.references]
 
 
-@pytest.fixture(scope="session")
-def random_model(clips, tmp_path_factory):
-    """Folder of a model of the size and family of the shipped one, with random weights.
+def save_random_model(folder: Path, references: Sequence[Reference], *, layers: int = 6) -> Path:
+    """Save a model of the size and family of the shipped one, with random weights.
 
     The weights are larger than those of a fresh model, whose captions are almost the same for every clip.
     """
-    tokenizer = train_tokenizer([*all_texts(clips.references), *PLAIN_PROMPTS.values(), LIST_EVENTS], vocab_size=400)
+    tokenizer = train_tokenizer([*all_texts(references), *PLAIN_PROMPTS.values(), LIST_EVENTS], vocab_size=400)
     config = tiny_config(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    config.lm["num_hidden_layers"] = layers
     torch.manual_seed(0)
     network = Network(config)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6)
-    path = tmp_path_factory.mktemp("models") / "random"
-    Captioner(network, Processor(tokenizer, config=config)).save(path)
-    return path
+    Captioner(network, Processor(tokenizer, config=config)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_model(clips, tmp_path_factory) -> Path:
+    """Folder of a model of the size and family of the shipped one, with random weights."""
+    return save_random_model(tmp_path_factory.mktemp("models") / "random", clips.references)
+
+
+@pytest.fixture(scope="session")
+def shallow_model(clips, tmp_path_factory) -> Path:
+    """Folder of a random model whose language model has two layers, for trainings of which many are compared."""
+    return save_random_model(tmp_path_factory.mktemp("models") / "shallow", clips.references, layers=2)
 
 
 @pytest.fixture(scope="session")

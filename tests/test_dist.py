@@ -104,9 +104,8 @@ def torchrun(*options: object, fresh: bool = False) -> subprocess.CompletedProce
     """Run a script in two processes: forks, or fresh ones of a real torchrun."""
     launcher = Path(sys.executable).with_name("torchrun")
     args = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *options)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = args if fresh else forked(*args)
-    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
 def start_without_launcher(*options: object, size: int) -> list[tuple[int, str]]:
