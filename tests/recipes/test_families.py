@@ -51,7 +51,7 @@ def clips_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["qwen2.5-omni", "qwen3-omni", "qwen3-vl", "d-orca"])
 def test_all_stages(launch, sizes, clips_dir, tmp_path, family):
-    """SFT learns from cached features; one round of mrDPO and rebirth change only what their adapters change."""
+    """SFT learns from cached features; a round of mrDPO and rebirth (of one family) change what their adapters do."""
     start = Captioner.load(make_model(family, tmp_path / "published"))
     start.processor.set_frames({"min_pixels": 3136, "max_pixels": 3136})
     start.network.config.frames = start.processor.config.frames
@@ -73,9 +73,11 @@ def test_all_stages(launch, sizes, clips_dir, tmp_path, family):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "steps.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
 
-    result = launch(
-        "mrdpo", out=tmp_path / "mrdpo", model=tmp_path / "sft", **shared, **ROUND | {"sampling.num_samples": 3}
+    is_reborn = family == "qwen3-omni"  # the training of rebirth is that of SFT, with the adapter of the round
+    few = (
+        {"sampling.num_samples": 3} if is_reborn else {"sampling.num_samples": 3, "rebirth": "null", "kl.num_clips": 0}
     )
+    result = launch("mrdpo", out=tmp_path / "mrdpo", model=tmp_path / "sft", **shared, **ROUND | few)
     assert result.returncode == 0, result.stderr
     before = load_network(tmp_path / "sft")
     assert before.family.name == family
@@ -84,7 +86,7 @@ def test_all_stages(launch, sizes, clips_dir, tmp_path, family):
         for layer in range(len(before.lm.get_decoder().layers))
         for part in "qkv"
     }
-    for stage in ("round_1", "rebirth"):
+    for stage in ("round_1", "rebirth") if is_reborn else ("round_1",):
         after = load_network(tmp_path / "mrdpo" / stage / "merged").state_dict()
         assert {name for name, value in before.state_dict().items() if not value.equal(after[name])} == adapted
     check_merged(tmp_path / "mrdpo" / "round_1", clips_dir / "seed5-6", tmp_path / "features")

@@ -177,12 +177,15 @@ MRDPO = {
 }  # fmt: skip
 
 
-def test_mrdpo_with_a_reward_model(launch, trained_model, sizes, tmp_path, command_of):
-    """Killed while labelling, training, rating and auditing, a run ends with the bytes of an unbroken one."""
+@pytest.mark.parametrize(
+    "points", [("reward", "audit"), pytest.param(("judging", "reward", "rating", "audit"), marks=pytest.mark.slow)]
+)
+def test_mrdpo_with_a_reward_model(launch, trained_model, sizes, tmp_path, command_of, points):
+    """Killed while training and auditing (also labelling and rating), a run ends with the bytes of an unbroken one."""
     shared = sizes | MRDPO | {"model": trained_model / "model", "clips_dir": trained_model / "clips"}
     shared |= {"feature_cache.folder": "null"}
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    for point in ("judging", "reward", "rating", "audit"):
+    for point in points:
         kill_at(point, command_of("mrdpo", **shared | {"out": killed}))
     for out in (killed, unbroken):
         result = launch("mrdpo", **shared | {"out": out})

@@ -99,15 +99,42 @@ def test_a_run_samples_through_the_service(server, launch, trained_model, sizes,
     assert result.returncode != 0 and "sampler.server_model toy (now null)" in result.stderr
 
 
-def test_a_model_that_fits_on_no_gpu_is_trained_in_one_command(server, launch, trained_model, sizes, tmp_path):
-    """Two processes that load parts of the weights merge the same model as two that load all of them."""
-    flags = sizes | FLAGS | {
+@pytest.fixture
+def sharded_flags(server, trained_model, sizes, tmp_path) -> dict[str, object]:
+    """Flags of a run whose policy is trained by two processes with FSDP2 while the server samples."""
+    return sizes | FLAGS | {
         "model": trained_model / "model", "clips_dir": trained_model / "clips", "strategy": "fsdp2", "rebirth": "null",
         "feature_cache.folder": tmp_path / "features",
         "sampler.server": f"{server.url}/v1", "sampler.adapters_dir": tmp_path / "adapters",
     }  # fmt: skip
+
+
+def test_a_model_that_fits_on_no_gpu_is_trained_in_one_command(sharded_flags, launch, trained_model, tmp_path):
+    """Two processes that load parts of the weights train and merge one round, and the server captions for them."""
+    out, few = tmp_path / "run", {"rounds": 1, "fit.steps": 1, "sampling.num_samples": 2, "load_sharded": "true"}
+    result = launch("mrdpo", processes=2, **sharded_flags | few | {"out": out})
+    assert result.returncode == 0, result.stderr
+    start, merged, adapter = (
+        load_file(path)
+        for path in (
+            trained_model / "model" / "model.safetensors",
+            out / "round_1" / "merged" / "model.safetensors",
+            out / "round_1" / "adapter" / "adapter_model.safetensors",
+        )
+    )
+    changed = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert len(changed) == len(adapter) / 2 == 18 and all("self_attn" in name for name in changed)
+    for stage in ("sft", "round_1"):
+        rates = json.loads((out / stage / "heldout" / "rates.json").read_text())
+        assert rates["qa_accuracy"] is None and rates["clips"] == 3
+    assert len(json.loads((out / "summary.json").read_text())["rounds"]) == 1
+
+
+@pytest.mark.slow
+def test_sharded_rounds_equal_those_of_whole_models(sharded_flags, launch, tmp_path):
+    """Two processes that load parts of the weights merge the same model as two that load all of them."""
     for name in ("false", "true"):
-        result = launch("mrdpo", processes=2, **flags | {"load_sharded": name, "out": tmp_path / name})
+        result = launch("mrdpo", processes=2, **sharded_flags | {"load_sharded": name, "out": tmp_path / name})
         assert result.returncode == 0, result.stderr
     for number in (1, 2):
         whole, parts = (tmp_path / name / f"round_{number}" for name in ("false", "true"))

@@ -30,7 +30,7 @@ from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import PreferenceBatches, PreferenceBatchLoss, PreferenceExample
 from salmonn.train.reference_logps import compute_reference_logps
 
-SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
+SHAPE = ClipShape(seconds=12.0, width=320, height=180, frames_per_second=10.0)
 LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
 M_MMAP_THRESHOLD = -3  # as <malloc.h> has it
 ANSWER = "a red star appears and a low tone is heard " * 12

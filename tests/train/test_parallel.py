@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from salmonn.train import sharded
 from salmonn.train.parallel import check_strategy
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SCRIPT = Path(__file__).with_name("train_worker.py")
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -26,8 +26,7 @@ def launch(strategy, model, clips, out, *, processes, options=("float32",), fres
     launcher = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc_per_node={processes}"]
     args = [*(launcher if processes > 1 else [sys.executable]), SCRIPT, strategy, model, clips, out, *options]
     command = list(map(str, args)) if fresh else forked(*args)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
 def train(strategy, model, clips, out, *, processes, precision="float32", options=(), fresh=False):
@@ -50,31 +49,31 @@ def max_difference(one, other) -> float:
 
 
 @pytest.fixture(scope="module")
-def single_process(random_model, clips, shared):
+def single_process(shallow_model, clips, shared):
     """The folder of one process's training."""
-    return shared("strategy_single_process", lambda out: train("ddp", random_model, clips.root, out, processes=1))
+    return shared("strategy_single_process", lambda out: train("ddp", shallow_model, clips.root, out, processes=1))
 
 
 @pytest.fixture(scope="module")
-def train_split(random_model, clips, shared):
+def train_split(shallow_model, clips, shared):
     """Train by two processes, once for each strategy, in forks or by a real torchrun; return the folder."""
 
     def once(strategy, *, fresh=False):
         return shared(
             f"strategy_{strategy}{'_fresh' * fresh}",
-            lambda out: train(strategy, random_model, clips.root, out, processes=2, fresh=fresh),
+            lambda out: train(strategy, shallow_model, clips.root, out, processes=2, fresh=fresh),
         )
 
     return once
 
 
 @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=SLOW)], ids=["forked", "torchrun"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_train_like_one(strategy, fresh, train_split, single_process, random_model):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=SLOW), "zero3", "fsdp2"])
+def test_two_processes_train_like_one(strategy, fresh, train_split, single_process, shallow_model):
     folder = train_split(strategy, fresh=fresh)
-    # The same losses and figures, ten steps of the same pairs.
+    # The same losses and figures, six steps of the same pairs.
     steps, expected = steps_of(folder), steps_of(single_process)
-    assert len(steps) == len(expected) == 10 and expected[-1]["loss"] < expected[0]["loss"] - 0.3
+    assert len(steps) == len(expected) == 6 and expected[-1]["loss"] < expected[0]["loss"] - 0.3
     for name, tolerance in (("loss", 2e-5), ("dpo", 2e-5), ("ce", 1e-4), ("learning_rate", 1e-9)):
         assert [step[name] for step in steps] == pytest.approx([step[name] for step in expected], abs=tolerance), name
     # Adam amplifies rounding differences of small gradients, which dominate from the third step on.
@@ -84,10 +83,10 @@ def test_two_processes_train_like_one(strategy, fresh, train_split, single_proce
     for name in ("margin", "chosen_drift", "rejected_drift", "kl"):
         values = [[step[name] for step in log if name in step] for log in (steps, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3), name
-    assert [step["step"] for step in steps if "kl" in step] == [0, 5, 9] and steps[-1]["kl"] > steps[0]["kl"] > 0
+    assert [step["step"] for step in steps if "kl" in step] == [0, 5] and steps[-1]["kl"] > steps[0]["kl"] > 0
 
     # merged = base + alpha / r * B A in the attention's projections; other weights are unchanged.
-    base, after = load_file(random_model / "model.safetensors"), merged(folder)
+    base, after = load_file(shallow_model / "model.safetensors"), merged(folder)
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     changed = set()
     for name, weight in base.items():
@@ -98,24 +97,24 @@ def test_two_processes_train_like_one(strategy, fresh, train_split, single_proce
         change = 2 * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
         assert torch.allclose(after[name], weight + change, atol=1e-6) and change.abs().max() > 1e-3
         changed.add(name)
-    assert len(changed) == len(adapter) / 2 == 18
+    assert len(changed) == len(adapter) / 2 == 6
     assert max_difference(after, merged(single_process)) < 1e-4
 
 
 @pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=SLOW)])
-def test_a_sharded_model_is_trained_and_merged_like_a_whole_one(train_split, random_model, clips, tmp_path, resumed):
+def test_a_sharded_model_is_trained_and_merged_like_a_whole_one(train_split, shallow_model, clips, tmp_path, resumed):
     """The same losses, and the same bytes of adapter and merged model; no process holds or reads all weights."""
     expected = train_split("fsdp2")
     if resumed:
-        copy_first_eight_steps(expected, tmp_path)
-    train("fsdp2", random_model, clips.root, tmp_path, processes=2, options=["sharded"])
+        copy_first_four_steps(expected, tmp_path)
+    train("fsdp2", shallow_model, clips.root, tmp_path, processes=2, options=["sharded"])
     losses, expected_losses = ([step["loss"] for step in steps_of(folder)] for folder in (tmp_path, expected))
     assert losses == expected_losses
     for name in ("adapter", "merged"):
         files = sorted(path.name for path in (expected / name).iterdir() if path.name != "README.md")
         assert files == sorted(path.name for path in (tmp_path / name).iterdir() if path.name != "README.md")
         assert filecmp.cmpfiles(expected / name, tmp_path / name, files, shallow=False)[0] == files
-    sizes = {name: value.nbytes for name, value in load_file(random_model / "model.safetensors").items()}
+    sizes = {name: value.nbytes for name, value in load_file(shallow_model / "model.safetensors").items()}
     ranks = [json.loads((tmp_path / f"read_{rank}.json").read_text()) for rank in range(2)]
     for rank in ranks:
         base = {name: size for name, size in rank["held"].items() if ".lora_" not in name}
@@ -126,27 +125,27 @@ def test_a_sharded_model_is_trained_and_merged_like_a_whole_one(train_split, ran
 
 @pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2")), "zero3", "fsdp2"])
 def test_checkpoints_of_one_process_and_of_a_strategy_are_interchangeable(
-    strategy, train_split, single_process, random_model, clips, tmp_path
+    strategy, train_split, single_process, shallow_model, clips, tmp_path
 ):
-    """Eight steps of one and two of the other are as ten of one process."""
+    """Four steps of one and two of the other are as six of one process."""
     folder = train_split(strategy)
     there, back = tmp_path / "there", tmp_path / "back"
-    copy_first_eight_steps(single_process, there)
-    assert "resuming from step 8" in train(strategy, random_model, clips.root, there, processes=2)
+    copy_first_four_steps(single_process, there)
+    assert "resuming from step 4" in train(strategy, shallow_model, clips.root, there, processes=2)
     assert max_difference(merged(there), merged(single_process)) < 1e-5
     # The optimizer's moments are the same too.
-    resumed, expected = (load_file(run / "checkpoints" / "step_000010.safetensors") for run in (there, single_process))
+    resumed, expected = (load_file(run / "checkpoints" / "step_000006.safetensors") for run in (there, single_process))
     assert max_difference(resumed, expected) < 1e-4
 
-    copy_first_eight_steps(folder, back)
-    assert "resuming from step 8" in train("ddp", random_model, clips.root, back, processes=1)
+    copy_first_four_steps(folder, back)
+    assert "resuming from step 4" in train("ddp", shallow_model, clips.root, back, processes=1)
     assert max_difference(merged(back), merged(single_process)) < 1e-4
 
 
-def copy_first_eight_steps(source, folder) -> None:
-    """Create the folder of a run that was killed after its checkpoint of eight steps."""
+def copy_first_four_steps(source, folder) -> None:
+    """Create the folder of a run that was killed after its checkpoint of four steps."""
     (folder / "checkpoints").mkdir(parents=True)
-    for path in (source / "checkpoints").glob("step_000008.*"):
+    for path in (source / "checkpoints").glob("step_000004.*"):
         shutil.copy(path, folder / "checkpoints")
     shutil.copy(source / "steps.jsonl", folder)
 
@@ -154,43 +153,56 @@ def copy_first_eight_steps(source, folder) -> None:
 @pytest.mark.parametrize(
     "strategy", ["ddp", pytest.param("zero2", marks=SLOW), "zero3", pytest.param("fsdp2", marks=SLOW)]
 )
-def test_nan_on_one_rank_stops_all_ranks_before_the_step(strategy, random_model, clips, tmp_path):
+def test_nan_on_one_rank_stops_all_ranks_before_the_step(strategy, shallow_model, clips, tmp_path):
     """Rank 1 has the second of a step's three pairs."""
-    result = launch(strategy, random_model, clips.root, tmp_path, processes=2, options=["float32", "nan"])
+    result = launch(strategy, shallow_model, clips.root, tmp_path, processes=2, options=["float32", "nan"])
     assert result.returncode != 0
-    assert re.search(r"step 3: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: check these clips", result.stderr)
-    assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
+    assert re.search(r"step 1: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: check these clips", result.stderr)
+    assert [step["step"] for step in steps_of(tmp_path)] == [0] and not (tmp_path / "merged").exists()
 
 
 @pytest.fixture(scope="module")
-def ddp_in_16_bits(random_model, clips, shared):
+def ddp_in_16_bits(shallow_model, clips, shared):
     """Folders of trainings in bfloat16 by one process and by two with DDP."""
 
     def train_once(processes):
         return shared(
             f"strategy_{processes}_bfloat16",
-            lambda out: train("ddp", random_model, clips.root, out, processes=processes, precision="bfloat16"),
+            lambda out: train("ddp", shallow_model, clips.root, out, processes=processes, precision="bfloat16"),
         )
 
     return [train_once(processes) for processes in (1, 2)]
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=SLOW), "zero3", pytest.param("fsdp2", marks=SLOW)])
-def test_in_16_bits(strategy, ddp_in_16_bits, random_model, clips, tmp_path):
+def test_zero3_in_16_bits(train_split, shallow_model, clips, tmp_path):
+    """Two steps: losses near those of float32, the adapter in float32, and a merged model in bfloat16."""
+    train("zero3", shallow_model, clips.root, tmp_path, processes=2, precision="bfloat16", options=["short"])
+    losses, expected = ([step["loss"] for step in steps_of(folder)] for folder in (tmp_path, train_split("zero3")))
+    assert losses[0] == pytest.approx(expected[0], abs=4 * 2**-7) and len(losses) == 2
+    check_dtypes_of_16_bits(tmp_path)
+
+
+def check_dtypes_of_16_bits(folder) -> None:
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in weights} == {torch.float32}
+    assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_in_16_bits(strategy, ddp_in_16_bits, shallow_model, clips, tmp_path):
     """The published settings: base and products in bfloat16, adapter in float32, layers checkpointed.
 
     Losses of about 2 have steps of 2^-7 = 0.008. Sums of one and of two processes are rounded differently, and where
     the loss falls fast their losses differ by more than that: each step is between the two, up to two such steps.
     """
-    train(strategy, random_model, clips.root, tmp_path, processes=2, precision="bfloat16")
+    train(strategy, shallow_model, clips.root, tmp_path, processes=2, precision="bfloat16")
     one, two, losses = ([step["loss"] for step in steps_of(folder)] for folder in (*ddp_in_16_bits, tmp_path))
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.3
     for loss, *ends in zip(losses, one, two, strict=True):
         assert min(ends) - 2 * 2**-7 < loss < max(ends) + 2 * 2**-7, (losses, one, two)
     for folder in (*ddp_in_16_bits, tmp_path):
-        weights = load_file(folder / "adapter" / "adapter_model.safetensors").values()
-        assert {tensor.dtype for tensor in weights} == {torch.float32}
-        assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
+        check_dtypes_of_16_bits(folder)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])

@@ -1,9 +1,9 @@
 """Train with guided DPO on a random model under one strategy; test_parallel.py starts this script.
 
-    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [nan|sharded]
+    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [nan|sharded|short]
 
-With `nan`, the last process has a NaN loss in step 3. With `sharded`, no process loads the whole model; OUT/read_R.json
-has the bytes that rank R has read and holds. With bfloat16, the base weights and
+With `nan`, the last process has a NaN loss in step 1. With `short`, there are two steps. With `sharded`, no process
+loads the whole model; OUT/read_R.json has the bytes that rank R has read and holds. With bfloat16, the base weights and
 the computation are in bfloat16 and layers are checkpointed. Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/;
 resumes from OUT/checkpoints/.
 """
@@ -40,16 +40,16 @@ from salmonn.train.sharded import load_encoding_model, load_policy, merge_sharde
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 # All pairs in each step; with three pairs, ranks have different numbers of micro-batches.
 FIT = FitConfig(
-    steps=10, learning_rate=1e-3, warmup_ratio=0.2, batch_size=3, gradient_accumulation_steps=2, checkpoint_every=4
+    steps=6, learning_rate=2e-3, warmup_ratio=0.2, batch_size=3, gradient_accumulation_steps=2, checkpoint_every=4
 )
 
 
 class NanReferences(PreferenceBatches):
-    """Preference batches with NaN reference log-probabilities in step 3 on the last rank."""
+    """Preference batches with NaN reference log-probabilities in step 1 on the last rank."""
 
     def micro_batches(self, step: int) -> list[PreferenceBatch]:
         batches = super().micro_batches(step)
-        if step != 3 or dist.rank() + 1 < dist.world_size():
+        if step != 1 or dist.rank() + 1 < dist.world_size():
             return batches
         nan = float("nan")
         return [
@@ -126,6 +126,8 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     config = FIT
     if precision == "bfloat16":  # few steps: many CPUs take 40 times as long for a product as in float32
         config = replace(FIT, steps=5, learning_rate=2e-3, precision=precision, gradient_checkpointing=True)
+    if "short" in options:
+        config = replace(config, steps=2)
     run_config = RunConfig(out=out, model=str(model), placement=placement, frames={"max_frames": 4})
     is_sharded, is_nan = "sharded" in options, "nan" in options
     captioner = load_encoding_model(model, run_config) if is_sharded else run_config.load_model(model)
