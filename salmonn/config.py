@@ -151,7 +151,7 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
         f"{flag}=true" if flag in switches and following.startswith("--") else flag  # a bare switch means true
         for flag, following in zip(flags, [*flags[1:], "--"], strict=False)
     ]
-    parser = make_parser(config_type)
+    parser = make_parser(config_type)  # type: ignore[arg-type]
     parser.prog, parser.description = Path(sys.argv[0]).name, description
     try:
         built = parser.instantiate(parser.parse_args(flags))
@@ -218,7 +218,8 @@ def write_config(folder: Path, config: Any, *, name: str) -> None:
             f"{path} does not start with {header!r}: another version of salmonn wrote it; "
             "resume the run with that version, or choose another --out"
         )
-    write_text(path, f"{header}\n{make_writer(type(config)).dump(_to_namespace(config), skip_unset=False)}")
+    writer = make_writer(type(config))  # type: ignore[arg-type]
+    write_text(path, f"{header}\n{writer.dump(_to_namespace(config), skip_unset=False)}")
 
 
 def _to_namespace(config: Any) -> Namespace:
