@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,17 +16,15 @@ SHARED_SOCKET = "FORK_SERVER_SOCKET"  # environment variable
 SERVER = Path(__file__).with_name("fork_server.py")
 
 
-def forked(*line: object, imported_with: Mapping[str, str] | None = None) -> list[str]:
+def forked(*line: object) -> list[str]:
     """Return a command line that runs `line` in a fork of a process that has imported torch and salmonn.
 
     It can be given to subprocess, with any working directory, environment and streams. To kill it, call `kill`.
 
     Args:
         line: python or a script of the virtual environment with its arguments, or torchrun --standalone with those.
-        imported_with: environment variables that libraries read when they are imported; their fork server is another.
     """
-    path = socket_path(*sorted((imported_with or {}).items()))
-    return [sys.executable, "-ISE", str(SERVER), "run", str(path), *map(str, line)]
+    return [sys.executable, "-ISE", str(SERVER), "run", str(socket_path()), *map(str, line)]
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -37,12 +34,12 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @cache
-def socket_path(*variables: tuple[str, str]) -> Path:
-    """Start this test session's fork server for these environment variables; return the path of its socket.
+def socket_path() -> Path:
+    """Start this test session's fork server, and return the path of its socket.
 
     The workers of pytest-xdist share the one that their controller has started.
     """
-    if not variables and SHARED_SOCKET in os.environ:
+    if SHARED_SOCKET in os.environ:
         return Path(os.environ[SHARED_SOCKET])
     folder = TemporaryDirectory(prefix="fork_")
     path = Path(folder.name) / "socket"
@@ -52,7 +49,7 @@ def socket_path(*variables: tuple[str, str]) -> Path:
         command = [sys.executable, str(SERVER), "serve", str(listener.fileno())]
         server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()],
-            start_new_session=True, env=os.environ | dict(variables),
+            start_new_session=True,
         )  # fmt: skip
 
     def stop() -> None:

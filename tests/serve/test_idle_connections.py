@@ -1,12 +1,13 @@
 """Clients that block a server: idle connections, and streams that are not read."""
 
+import asyncio
 import json
 import socket
 from contextlib import ExitStack, closing
 
 import pytest
 
-from salmonn.serve import server
+from salmonn.serve import api, server
 from tests.limits import STEP_SECONDS, wait_until
 from tests.serve.running import HEAD, chat, read_metrics, user_message
 
@@ -85,7 +86,7 @@ def test_active_connections_are_not_idle(start, model, videos):
     with connect(running) as waiting, connect(running) as busy:
         waiting.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: running.service.num_requests == 1)
-        for _ in range(6):
+        for _ in range(2):
             assert is_healthy(busy)
             clock.wait_for_tick()
             clock.now += 0.9 * server._IDLE_SECONDS
@@ -111,11 +112,20 @@ def test_idle_connections_do_not_block_others(start, videos, monkeypatch):
 
 @pytest.mark.parametrize("is_closing", [False, True])
 def test_a_stream_that_is_not_read_times_out(start, own_engine, videos, monkeypatch, is_closing):
-    """Each event has 100 KB, more than all buffers between server and client hold."""
-    monkeypatch.setattr(server, "_IDLE_SECONDS", 0.5)
-    monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
-    running = start(own_engine, request_seconds=6.0, grace_seconds=60.0)
-    assert chat(running.client(), videos[0].name).choices  # so that the time limit is not used up by reading
+    """Each event has 2 MB: a few are more than all buffers between server and client hold."""
+    monkeypatch.setattr(server, "_IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(server, "_CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(api, "_FINAL_EVENT_SECONDS", 0.1)
+    padding = " " * 2_000_000
+    monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {padding}{json.dumps(value)}\n\n")
+    open_stream = api._EventStream.__init__
+
+    def open_with_deadline(stream, events, *, context, close):
+        context.deadline = asyncio.get_running_loop().time() + 0.5  # from here on: reading may take longer
+        open_stream(stream, events, context=context, close=close)
+
+    monkeypatch.setattr(api._EventStream, "__init__", open_with_deadline)
+    running = start(own_engine, grace_seconds=2 * STEP_SECONDS)
     request = {"messages": user_message(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
     body = json.dumps(request).encode()
     with closing(connect(running)) as connection:

@@ -8,6 +8,7 @@ import pytest
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.engine import Engine
 from salmonn.caption.generator import SHIPPED_MODEL, CaptionRequest, Sampling, Span
+from salmonn.caption.hearing import Hearing
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_options import ServerOptions
@@ -26,13 +27,24 @@ def folder(videos, tmp_path):
     return folder
 
 
-@pytest.fixture
-def toy_server(start):
-    """A server of the built-in model, whose answers do not depend on rounding, as those of random weights may."""
+@pytest.fixture(scope="module")
+def toy_engine():
+    """An engine of the built-in model, whose answers do not depend on rounding, as those of random weights may."""
     with ClipReader(workers=1) as reader:
         engine = Engine(Captioner.load(SHIPPED_MODEL), reader)
-        yield start(engine)
+        yield engine
         engine.close(grace_seconds=5)
+
+
+@pytest.fixture
+def toy_server(start, toy_engine):
+    return start(toy_engine)
+
+
+@pytest.fixture
+def without_probe(monkeypatch):
+    """Leave out the four requests that test whether the model hears, before each command."""
+    monkeypatch.setattr("salmonn.caption.server_connection.probe_hearing", lambda *_, **__: Hearing(True, ()))
 
 
 def texts(path):
@@ -44,7 +56,7 @@ def texts(path):
 
 def test_captions_are_those_of_the_local_model(toy_server, call, videos, tmp_path):
     server = toy_server
-    args = ["caption", videos[0].parent, "--max-new-tokens", 20, "--workers", 1, "--temperature", 0.9, "--seed", 5]
+    args = ["caption", videos[0].parent, "--max-new-tokens", 20, "--workers", 0, "--temperature", 0.9, "--seed", 5]
     # One at a time on both sides: rounding depends on what is decoded together.
     served = ["--server", f"{server.url}/v1", "--server-model", "toy", "--concurrency", 1]
     code, _, err = call(*args, "--out", tmp_path / "served.jsonl", *served)
@@ -55,6 +67,7 @@ def test_captions_are_those_of_the_local_model(toy_server, call, videos, tmp_pat
     assert texts(tmp_path / "served.jsonl") == local
 
 
+@pytest.mark.usefixtures("without_probe")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -64,7 +77,7 @@ def test_captions_are_those_of_the_local_model(toy_server, call, videos, tmp_pat
 )
 def test_options_have_the_same_effect(toy_server, call, videos, tmp_path, flags):
     server = toy_server
-    args = ["caption", *videos[:2], "--max-new-tokens", 8, "--workers", 1, *flags]
+    args = ["caption", *videos[:2], "--max-new-tokens", 8, "--workers", 0, *flags]
     served = (
         "--server",
         f"{server.url}/v1",
@@ -90,9 +103,10 @@ def test_options_have_the_same_effect(toy_server, call, videos, tmp_path, flags)
     assert subtitles[0] == subtitles[1] and len(subtitles[0]) == (2 if "--logprobs" in flags else 0)
 
 
+@pytest.mark.usefixtures("without_probe")
 def test_shapes_leave_the_models_own_prompt(toy_server, call, videos, tmp_path):
     """What would have to be added to a prompt that the service does not list is refused."""
-    args = ["caption", videos[0], "--max-new-tokens", 8, "--workers", 1]
+    args = ["caption", videos[0], "--max-new-tokens", 8, "--workers", 0]
     served = ["--server", f"{toy_server.url}/v1", "--server-model", "toy"]
     for flags in (("--words", "1-90"), ("--language", "de"), ("--context", "transcript")):
         code, _, err = call(*args, "--out", tmp_path / "refused.jsonl", *served, *flags)
@@ -138,7 +152,7 @@ def test_samples_history_and_system_prompt(start, captioner, videos):
 def test_errors_of_the_service_are_one_sentence(start, call, videos, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "0123456789abcdef")  # for another server
     server = start(keys=("0123456789abcdef",))
-    args = ["caption", videos[0], "--out", tmp_path / "captions.jsonl", "--server", f"{server.url}/v1", "--workers", 1]
+    args = ["caption", videos[0], "--out", tmp_path / "captions.jsonl", "--server", f"{server.url}/v1", "--workers", 0]
 
     def error(*flags) -> str:
         code, out, err = call(*args, *flags)
@@ -167,6 +181,7 @@ def test_errors_of_the_service_are_one_sentence(start, call, videos, tmp_path, m
     )
 
 
+@pytest.mark.usefixtures("without_probe")
 def test_the_job_is_resumed_at_another_address(start, serve, call, folder, tmp_path):
     """The address may change, the model may not; what is done is not captioned again."""
     first, second = start(), start()
@@ -177,7 +192,7 @@ def test_the_job_is_resumed_at_another_address(start, serve, call, folder, tmp_p
         "--max-new-tokens",
         4,
         "--workers",
-        1,
+        0,
         "--server-model",
         "toy",
     ]
