@@ -105,7 +105,7 @@ def read_adapter(folder: Path, network: Network) -> Adapter:
                 f"shapes {tuple(one.a.shape)} and {tuple(one.b.shape)}"
             )
         if weight is None or weight.shape != (len(one.b), one.a.shape[1]):
-            raise ValueError(f"the adapter belongs to another model: here {name} is not a projection of this size")
+            raise ValueError(f"the adapter belongs to another model: {name} is not a projection of this size here")
         if weight.is_meta or not weight.is_floating_point():
             raise ValueError(f"{name} is quantized or offloaded; load the model without bits, on enough memory")
     if not factors:
