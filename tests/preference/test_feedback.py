@@ -112,11 +112,14 @@ def test_a_partial_line_is_moved_aside(store, video, caplog):
     with path.open("a") as file:
         file.write('{"rater": "ann')
     assert FeedbackStore(store.folder).read() == [first, second]
-    with path.open("a") as file:
-        file.write('{"text": "é", "rater": "bob"')
-    assert FeedbackStore(store.folder).read() == [first, second]
+    for part in ('{"text": "é", "rater": "bob"', '{"text": "é", "rater": "ann"'):
+        with path.open("a") as file:
+            file.write(part)
+        assert FeedbackStore(store.folder).read() == [first, second]
     parts = store.folder / "feedback.jsonl.partial"
-    assert parts.read_text() == '{"date": "2026-11\n{"rater": "ann\n{"text": "é", "rater": "bob"\n'
+    assert parts.read_text() == (
+        '{"date": "2026-11\n{"rater": "ann\n{"text": "é", "rater": "bob"\n{"text": "é", "rater": "ann"\n'
+    )
     store.forget("ann")  # with parts that end before the rater's id
     assert store.read() == [second] and parts.read_text() == '{"text": "é", "rater": "bob"\n'
 
