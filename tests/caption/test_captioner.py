@@ -22,6 +22,7 @@ from salmonn.media.clip import read_clip
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Failure
 from tests.completions import complete
+from tests.limits import STEP_SECONDS, wait_until
 
 DESCRIBE = PLAIN_PROMPTS["both"]
 
@@ -125,6 +126,30 @@ def test_clips_are_encoded_ahead(captioner, videos, tmp_path, monkeypatch):
     assert [one for one in results if isinstance(one, Caption)] == expected and isinstance(results[1], Failure)
     assert sorted(threads) == ["MainThread", "encode", "encode", "encode", "encode"]
     assert threads.index("MainThread") > 2  # others are encoded before it is needed
+
+
+def test_two_waiting_clips_are_encoded_ahead(captioner, media, monkeypatch):
+    """The third is once one of them does not wait any more; clips that are not encoded are not ready."""
+    may_encode, encoded, encode = threading.Event(), [], captioner.network.encode
+
+    def note(clips, layouts):
+        may_encode.wait(STEP_SECONDS)
+        encoded.extend(id(clip.mel) for clip in clips)
+        return encode(clips, layouts)
+
+    monkeypatch.setattr(captioner.network, "encode", note)
+    encoder, ids = ClipEncoder(captioner), [id(clip.mel) for clip in media[:3]]
+    encoder.start_first(media[:3])
+    assert not any(encoder.is_ready(clip) for clip in media[:3])
+    may_encode.set()
+    features = encoder.take(media[0])
+    assert encoder.take(media[2]) is media[2] and encoder.is_ready(features)
+    encoder.start_first(media[1:3])
+    wait_until(lambda: all(encoder.is_ready(clip) for clip in media[1:3]))
+    assert encoded == ids and torch.equal(features.tokens, captioner.encode(media[:1])[0].tokens)
+    encoder.start_first([])
+    assert encoder.take(media[1]) is media[1]
+    encoder.close()
 
 
 def test_only_broken_files(captioner, tmp_path):

@@ -1,6 +1,7 @@
 """Recorded decode steps equal those that are run."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
@@ -11,12 +12,13 @@ from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from salmonn.model import decode_graph, kv_cache, kv_tables, transfer
 from salmonn.model.decode_graph import CudaGraphRecorder, GraphDecoder
+from salmonn.model.kv_cache import KVCache
 from tests.replay import record
 
 HOT = Sampling(temperature=5.0, max_new_tokens=12)
 
 
-def generate(captioner, media, *, make_recorder=None, stop_ids=(-1,), joining=((2, 4),), batch=None):
+def generate(captioner, media, *, make_recorder=None, stop_ids=(-1,), joining=((2, 4),), batch=None, sampling=HOT):
     """Generate 4 samples of each of two clips, and of a third from the given step on.
 
     Returns:
@@ -26,12 +28,12 @@ def generate(captioner, media, *, make_recorder=None, stop_ids=(-1,), joining=((
     if batch is None:
         batch = start(captioner, make_recorder=make_recorder, stop_ids=stop_ids)
     first_row = batch._num_added
-    batch.add(captioner.processor.collate(rows, media[:2]), sampling=HOT, num_samples=4, seeds=[1, 2])
+    batch.add(captioner.processor.collate(rows, media[:2]), sampling=sampling, num_samples=4, seeds=[1, 2])
     joining = dict(joining)
     while batch:
         if num_samples := joining.pop(len(logits), 0):
             inputs = captioner.processor.collate(rows[:1], media[2:3])
-            batch.add(inputs, sampling=HOT, num_samples=num_samples, seeds=[3])
+            batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=[3])
         for row, token in batch.step().items():
             found.setdefault(row - first_row, []).append(token.id)
         logits.append(max(float(group.logits.max()) for group in batch._groups) if batch else 0.0)
@@ -78,22 +80,33 @@ def test_replayed_steps_equal_others(captioner, media, monkeypatch):
 
 
 def test_later_batches_replay_the_steps_of_earlier_ones(captioner, media, monkeypatch):
-    """Once there is room for all rows, nothing is recorded again, until a batch has more of them.
+    """Once there is room for all rows, nothing is recorded again, until a batch has more of them, and longer ones.
 
-    What ran before changes no bit.
+    What ran before changes no bit, and neither what a step computes with: on a GPU, that might change bits.
     """
     monkeypatch.setattr(kv_cache, "GROWTH_STATIC", 6)
     batches = [dict(media=media)] * 6
-    batches[3] = dict(media=media[1:], joining=((1, 9), (2, 3)))
+    batches[3] = dict(media=media[1:], joining=((1, 9), (2, 3)), sampling=replace(HOT, max_new_tokens=30))
+    count_step, shapes = KVCache.count_step, []
+
+    def note(cache, **options):
+        shapes.append((cache.shape, cache.num_columns))
+        count_step(cache, **options)
+
+    monkeypatch.setattr(KVCache, "count_step", note)
     expected = [generate(captioner, **one)[0] for one in (batches[0], batches[3])]
     batch, logits, recorded, replayed = start(captioner, make_recorder=lambda: record), [], [], []
+    of_batches = []
     for number, one in enumerate(batches):
         batch.decoder.restart()
+        shapes.clear()
         tokens, found, decoder = generate(captioner, **one, batch=batch)
         assert tokens == expected[number == 3]
         logits.append(found)
         recorded.append(decoder.num_recorded)
         replayed.append(decoder.num_replayed)
+        of_batches.append(list(shapes))
+    assert of_batches.count(of_batches[0]) == 5 and len({columns for _, columns in of_batches[0]}) > 1
     assert 2 < recorded[1] == recorded[2] < recorded[3] < recorded[4] == recorded[5]
     assert logits.count(logits[0]) == 5 and replayed[5] - replayed[4] > 3
 
