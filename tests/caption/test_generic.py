@@ -17,8 +17,10 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.encode_ahead import make_encoder
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.generic import check_hearing, is_generic, load_generic, make_generic
+from salmonn.caption.limits import BatchLimits
 from salmonn.caption.prompt import train_tokenizer
 from salmonn.files import write_json
 from salmonn.model.loading import load_config
@@ -225,6 +227,14 @@ def test_a_video_as_images_with_audio(gemma, videos):
     assert caption.modality == "both" and caption.logprob < 0
     assert gemma.caption(videos[0], prompt="Tell.", sampling=GREEDY, modality="visual").logprob != caption.logprob
     assert gemma.caption(videos[0], prompt="Tell.", sampling=GREEDY, modality="audio").modality == "audio"
+
+
+def test_a_gpu_needs_nothing_that_only_families_have(gemma, monkeypatch):
+    """The limit of the KV cache and encoding ahead are for their networks."""
+    monkeypatch.setattr(type(gemma.network), "device", torch.device("cuda"))
+    assert gemma.limits(4) == BatchLimits(1) and make_encoder(gemma) is None
+    with pytest.raises(ValueError, match="batch_size"):
+        gemma.limits(0)
 
 
 def test_a_deaf_model_is_reported(gemma, caplog, monkeypatch):
