@@ -1,13 +1,22 @@
-"""Every command and every example of the documentation is run.
+"""Every command and every example of the documentation is checked, and run.
+
+All command lines are read by the parsers of their programs, and what Python examples import and call is looked up.
+Those of README.md, docs/python_api.md and docs/http_api.md are run as well; the other pages' by `make test-slow`.
 
 What needs a published model runs on a small one. What trains for minutes or days runs for two steps, or as --dry-run
 where it would need GPUs. Other people's programs (vllm, tensorboard, sbatch ...) are not started, but written down.
 """
 
+import argparse
+import ast
 import contextlib
+import importlib
+import importlib.util
+import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -17,12 +26,16 @@ import sys
 import textwrap
 import time
 import tomllib
+import warnings
 from dataclasses import asdict, replace
+from itertools import dropwhile
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 
+from salmonn import config
+from salmonn.cli.main import build_parser
 from salmonn.files import read_records, write_json, write_records, write_text
 from salmonn.records import Caption, Reference
 from salmonn.score.metrics import Rates
@@ -33,13 +46,16 @@ from tests.limits import RUN_SECONDS, STEP_SECONDS
 from tests.score.fake_llm_server import rule_judge_script
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+README = ROOT / "README.md"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), README]
 BIN = Path(sys.executable).parent
 # Programs that are not this project's, or would install something: each call is written down, and does nothing.
 FOREIGN = ("vllm", "llama-server", "transformers", "tensorboard", "pip", "make", "sbatch")
 SHIM = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 """
+# Programs of the shell.
+SHELL = (".", "cat", "find")
 # A recipe at toy size: two steps of one round. With settings of published models only its command line is read:
 # tests/test_config.py runs each of their configurations with --dry-run, and so do the pages that name this flag.
 READ_FLAGS = """
@@ -98,6 +114,112 @@ def blocks(page, language):
 
 
 COMMANDED = [page for page in PAGES if blocks(page, "bash")]
+SERVERS = {"http_api.md": "/health", "web_ui.md": "/"}
+slow = pytest.mark.slow
+
+
+def command_lines(script):
+    """Return the words of each command of a script, without comments, here-documents, variables and redirections."""
+    script = re.sub(r"<<'(\w+)'\n.*?^\1$", "", script.replace("\\\n", " "), flags=re.DOTALL | re.MULTILINE)
+    commands = []
+    for line in script.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|>")
+        lexer.whitespace_split = True
+        words = [[]]
+        for word in lexer:
+            words.append([]) if word == "|" else words[-1].append(word)
+        commands += [one[: one.index(">")] if ">" in one else one for one in words]
+    without_variables = [[*dropwhile(lambda word: re.match(r"[A-Z_]+=", word), one)] for one in commands]
+    return [one for one in without_variables if one]
+
+
+def read_command(program, *args):
+    """Read a command line with the parser of its program; it ends the process if it refuses the line."""
+    name, args = program.rpartition("/")[2], list(args)
+    while name in ("torchrun", "sbatch") and args[0].startswith("--"):
+        assert "=" in args[0] or args[0] in ("--standalone", "--no-python")
+        args.pop(0)
+    if name == "torchrun" and args[0] == "salmonn":
+        read_command(*args)
+    elif name == "salmonn":
+        build_parser(args[0]).parse_args(args)
+    elif name in ("torchrun", "python") and args[0] != "-m":
+        read_flags(args[0], args[1:])
+    elif name in ("sbatch", "one_machine.sh"):
+        recipe, *flags = args[name == "sbatch" :]
+        read_flags(f"recipes/{recipe}.py", flags)
+    elif name == "make":
+        targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert args[0] in targets
+    elif name == "pip" and args[:2] == ["install", "-e"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(re.findall(r"\w+", args[2])) <= set(extras)
+    else:
+        assert name in (*FOREIGN, *SHELL, "python")
+
+
+def read_flags(script, flags):
+    """Read the command line of a recipe or tool, and make its config."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse_alone(parser, *_):
+        parse(parser)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
+        patch.setattr(sys, "argv", [script, *flags])
+        if "run_recipe(" in Path(script).read_text():
+            patch.setattr(config, "run_recipe", lambda main, of, **_: config.parse_config(of, description=""))
+        else:
+            kind = config.FlagParser if "FlagParser(" in Path(script).read_text() else argparse.ArgumentParser
+            parse = kind.parse_args
+            patch.setattr(kind, "parse_args", parse_alone)
+        runpy.run_path(script, run_name="__main__")
+
+
+@pytest.mark.parametrize("page", COMMANDED, ids=lambda page: page.name)
+def test_commands_are_accepted(page, monkeypatch):
+    """All flags, which are not abbreviated, and values are known, and the files of this repository exist."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    commands = [command for script in blocks(page, "bash") for command in command_lines(script)]
+    assert commands
+    for command in commands:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                read_command(*command)
+            except (SystemExit, AssertionError) as error:
+                pytest.fail(f"{page.name}: {shlex.join(command)}: {error}")
+        assert not [warning for warning in caught if "was expanded to" in str(warning.message)]
+        own = [word for word in command if re.match(r"(recipes|tools|data|docs|demo|tests|salmonn)/", word)]
+        assert not [word for word in own if not Path(word).exists()]
+
+
+def resolve(node, names):
+    """Return the object that an expression of imported names refers to; None for another expression."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute) and (owner := resolve(node.value, names)):
+        return getattr(owner, node.attr, None) if inspect.isroutine(owner) else getattr(owner, node.attr)
+    return None
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_examples_use_what_exists(page):
+    """What is imported exists, and takes the arguments it is given."""
+    tree = ast.parse("\n".join(blocks(page, "python")))
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            names |= {one.name: getattr(module, one.name) for one in node.names}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and resolve(node.func, names)]
+    assert calls
+    for call in calls:
+        inspect.signature(resolve(call.func, names)).bind(*call.args, **{one.arg: one.value for one in call.keywords})
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +311,11 @@ def without_those_elsewhere(script):
     return "\n".join(line for line in lines if not line.lstrip().startswith(tuple(ELSEWHERE)))
 
 
-SERVERS = {"http_api.md": "/health", "web_ui.md": "/"}
-
-
-@pytest.mark.parametrize("page", [page for page in COMMANDED if page.name not in SERVERS], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page == README else slow) for page in COMMANDED if page.name not in SERVERS],
+    ids=lambda page: page.name,
+)
 def test_commands_run(stage, page):
     if "--out captions.jsonl" not in page.read_text():  # else the page makes them
         (stage.folder / "captions.given").rename(stage.folder / "captions.jsonl")
@@ -208,16 +331,8 @@ def test_commands_run(stage, page):
             out = stage.folder / re.search(r"--out (\S+)", line)[1]
             assert read_records(out, Caption), f"{page.name}: {line}: no captions"
     calls = (stage.folder / "calls").read_text().splitlines() if (stage.folder / "calls").exists() else []
-    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     foreign = {line.split()[0] for line in lines if line.strip()} & set(FOREIGN)
     assert foreign <= {call.split()[0] for call in calls}, "a real program was started"
-    for program, *args in map(str.split, calls):
-        if program == "make":
-            assert args[0] in targets
-        if program == "pip":
-            named = re.search(r"\[(.*)\]", args[-1])
-            assert args[:2] != ["install", "-e"] or not named or set(named[1].split(",")) <= set(extras)
 
 
 def python(stage, script):
@@ -234,7 +349,7 @@ def test_the_python_page(stage):
     assert "Total 0." in result.stdout and "What can be heard? -> " in result.stdout
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", ["http_api.md", pytest.param("web_ui.md", marks=slow)])
 def test_servers_start_answer_and_end(stage, name):
     page = ROOT / "docs" / name
     (script,) = blocks(page, "bash")
