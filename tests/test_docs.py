@@ -94,6 +94,7 @@ ELSEWHERE = {
     "python tools/raters.py": "tests/tools/test_raters.py",
     "salmonn votes run/votes": "tests/preference/test_feedback_report.py",
     "salmonn caption clips --out captions_by_ray.jsonl": "tests/batch/test_ray_cluster.py",
+    "salmonn caption clips --out captions_by_vllm.jsonl": "tests/caption/test_real_vllm_captioner.py",
     "salmonn caption clips --out structured.jsonl": "tests/batch/test_events_format.py",
     "python tools/assemble.py": "tests/tools/test_assemble.py",
     ".venv/bin/salmonn reward-benchmark data/reward_pairs.jsonl --model run": "tests/test_reward_benchmark_cli.py",

@@ -30,6 +30,8 @@ from salmonn.cli.caption_server import (
 from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
 from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner, plural
+from salmonn.cli.vllm_options import load_vllm_captioner
+from salmonn.model.model_files import fingerprint_folder
 from salmonn.records import Caption
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = F
         job={name: values[name] for name in JOB_SETTINGS}
         | ({"caption_format": values.format} if values.format == "events" else {})  # "format" is that of the ledger
         | (server_settings(values) if values.server else fingerprint_model(values))
+        | ({"engine": "vllm"} if values.engine == "vllm" else {})  # it samples and rounds in its own way
         | fingerprint_transcripts(values)
         | column_setting(values),
         start_seconds=values.start,
@@ -172,6 +175,8 @@ def _caption(values: Namespace, *, to_stdout: bool) -> int:
 
 
 def _load(values: Namespace, ledger: "Ledger") -> "BatchCaptioner":
+    if values.engine == "vllm":
+        return load_vllm_captioner(values)
     return load_server(values, ledger) if values.server else load_batch_captioner(values)
 
 
@@ -339,17 +344,8 @@ def fingerprint_model(values: Namespace) -> dict[str, str]:
 
 
 def _fingerprint_folder(folder: Path, name: str) -> dict[str, str]:
-    """Hash a folder's config and the names, sizes and times of its weights; return nothing for a Hub id."""
-    if not folder.is_dir():
-        return {}
-    state = blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if path.name in ("config.json", "adapter_config.json"):
-            state.update(path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin", ".pt"):
-            found = path.stat()
-            state.update(repr((path.name, found.st_size, found.st_mtime_ns)).encode())
-    return {name: state.hexdigest()}
+    """Return the fingerprint of a folder by a name; nothing for a Hub id."""
+    return {name: fingerprint_folder(folder)} if folder.is_dir() else {}
 
 
 def report_state(ledger: "Ledger") -> None:

@@ -17,6 +17,7 @@ from salmonn.cli.context_options import CONTEXT_SETTINGS, add_context_options, s
 from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
 from salmonn.cli.options import add_batch_size, add_model_options, add_subtitle_options
 from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
+from salmonn.cli.vllm_options import add_vllm_options, check_vllm_options
 from salmonn.config import FlagParser
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Modality
@@ -128,7 +129,9 @@ def _add_processing_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Speed and limits")
     add_batch_size(group)
     add_reading_options(group)
-    group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
+    engines = "ray: use a Ray cluster; vllm: run the language model of a video-SALMONN 2 or 2+ in vLLM"
+    group.add_argument("--engine", type=Literal["local", "ray", "vllm"], default="local", help=engines)
+    add_vllm_options(group)
     group.add_argument(
         "--ray_actors", type=int | None, default=None, help="models on the Ray cluster (default: one per GPU)"
     )
@@ -177,6 +180,7 @@ def check_options(values: Namespace) -> None:
         raise ValueError(f"--workers must be at least 0, got {values.workers}")
     job_config(values)
     server_options(values)
+    check_vllm_options(values)
     check_fuse_options(values)
     add_budget(values)
     fetch_config(values)

@@ -32,6 +32,7 @@ SERVER_SETTINGS = tuple(
 _LOCAL_OPTIONS = {
     "model": None, "adapter": None, "published_positions": False, "device": None, "device_map": None, "dtype": "auto",
     "attention": "auto", "bits": None, "batch_size": None, "engine": "local", "ray_actors": None,
+    "vllm_args": None,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from salmonn.score.config import JudgeConfig, JudgeKind
 
 if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner
+    from salmonn.model.loading import Placement
 
 # Exit codes; 0: everything succeeded. After SOME_FAILED, the results of the other videos or captions are written.
 SOME_FAILED, WRONG_USAGE = 1, 2
@@ -56,17 +57,24 @@ def garbage_kept() -> Iterator[None]:
         gc.enable()
 
 
+def model_placement(values: Namespace) -> "Placement":
+    """Return where and how the weights are placed."""
+    from salmonn.model.loading import Placement
+
+    return Placement(**{field.name: values[field.name] for field in fields(Placement)})
+
+
 def load_captioner(values: Namespace) -> "Captioner":
     """Load the model that the flags describe; raises like `Captioner.load`."""
     with garbage_kept():
         from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-        from salmonn.model.loading import Placement, hide_progress
+        from salmonn.model.loading import hide_progress
 
         if values.model is None or values.get("quiet"):  # the toy model is loaded in no time
             hide_progress()
         return Captioner.load(
             values.model or SHIPPED_MODEL,
-            placement=Placement(**{field.name: values[field.name] for field in fields(Placement)}),
+            placement=model_placement(values),
             adapter=values.adapter,
             published_positions=values.published_positions,
             reader=values.reader,
@@ -77,7 +85,6 @@ def load_batch_captioner(values: Namespace) -> "Captioner":
     """Load the model that the flags describe, also one without a family here; raises like `load_captioner`."""
     with garbage_kept():
         from salmonn.caption.generic import is_generic, load_generic
-        from salmonn.model.loading import Placement
 
     if values.model is None or not is_generic(values.model):
         return load_captioner(values)
@@ -86,7 +93,7 @@ def load_batch_captioner(values: Namespace) -> "Captioner":
         raise ValueError(f"{used[0]} needs a model with a family (see salmonn models); {values.model} has none")
     return load_generic(
         values.model,
-        placement=Placement(**{field.name: values[field.name] for field in fields(Placement)}),
+        placement=model_placement(values),
         reader=values.reader,
         needs_sound=values.modality != "visual",
     )
