@@ -161,8 +161,8 @@ class _VLLMScheduler(Scheduler[RequestedSequence]):
         """See `Scheduler`."""
         waiting, self.waiting = self.waiting, []
         ended: Ended = []
-        for _, samples in groupby(waiting, key=lambda one: id(one.prompt)):
-            ended += self._submit(list(samples))
+        for _, group in groupby(waiting, key=lambda one: id(one.prompt)):
+            ended += self._submit(list(group))
         must_wait = not ended and (not waiting or not self.has_room)
         answered, _ = wait(self._requests, timeout=None if must_wait else 0, return_when=FIRST_COMPLETED)
         for future in [one for one in self._requests if one in answered]:
