@@ -19,7 +19,7 @@ from hashlib import blake2b
 from importlib.metadata import entry_points
 from itertools import count, groupby
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 
@@ -136,9 +136,16 @@ class VLLMCaptioner(Captioner):
         """See `Captioner`; what does not fit into the KV cache waits in vLLM."""
         return BatchLimits(self._max_num_seqs if batch_size is None else batch_size)
 
-    def scheduler(self, limits: BatchLimits) -> "Scheduler[RequestedSequence]":
+    def scheduler(self, limits: BatchLimits | None = None) -> "Scheduler[RequestedSequence]":
         """See `Captioner`."""
-        return _VLLMScheduler(self, limits=limits)
+        return _VLLMScheduler(self, limits=limits or self.limits())
+
+
+class _NoBatch:
+    """Takes the place of the local engine's batch, since vLLM has the batch."""
+
+    def restart(self) -> None:
+        """Do nothing."""
 
 
 class _VLLMScheduler(Scheduler[RequestedSequence]):
@@ -148,7 +155,7 @@ class _VLLMScheduler(Scheduler[RequestedSequence]):
     """
 
     def __init__(self, captioner: VLLMCaptioner, *, limits: BatchLimits) -> None:
-        super().__init__(lambda: None, limits=limits)  # type: ignore[arg-type, return-value]  # the batch is in vLLM
+        super().__init__(cast(Any, _NoBatch), limits=limits)
         self._captioner = captioner
         self._requests: dict[Future[Any], list[RequestedSequence]] = {}
 
@@ -171,6 +178,13 @@ class _VLLMScheduler(Scheduler[RequestedSequence]):
                 del self.running[id(one)]
             ended += self._complete(samples, future)
         return ended
+
+    def clear(self) -> list[RequestedSequence]:
+        """See `Scheduler`; cancels the requests."""
+        for future in self._requests:
+            future.cancel()
+        self._requests.clear()
+        return super().clear()
 
     def _submit(self, samples: list[RequestedSequence]) -> Ended:
         """Encode the clip of a request and hand it to vLLM; returns the samples only if memory runs out."""

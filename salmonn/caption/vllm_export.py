@@ -18,11 +18,11 @@ from transformers.utils import cached_file
 from salmonn import system
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.vllm_prompt import ARCHITECTURE
+from salmonn.files import atomic_folder
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import ADAPTER_CONFIG_NAME
 from salmonn.model.model_files import fingerprint_folder
 from salmonn.model.network import Network
-from salmonn.records import atomic_folder
 
 logger = logging.getLogger(__name__)
 CACHE = Path("~/.cache/salmonn/vllm")
