@@ -49,7 +49,12 @@ def clips_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("clips")
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-omni", "qwen3-omni", "qwen3-vl", "d-orca"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3-omni", "qwen3-vl", *(pytest.param(name, marks=SLOW) for name in ("qwen2.5-omni", "d-orca"))]
+)
 def test_all_stages(launch, sizes, clips_dir, tmp_path, family):
     """SFT learns from cached features; a round of mrDPO and rebirth (of one family) change what their adapters do."""
     start = Captioner.load(make_model(family, tmp_path / "published"))

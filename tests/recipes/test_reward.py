@@ -107,7 +107,11 @@ def test_a_frozen_reward_model(launch, trained_model, preferences, tmp_path, com
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kind", "pooling"), [("fsdp2", "bradley-terry", "last"), ("ddp", "pairwise", "mean")]
+    ("strategy", "kind", "pooling"),
+    [
+        ("fsdp2", "bradley-terry", "last"),
+        pytest.param("ddp", "pairwise", "mean", marks=pytest.mark.slow),
+    ],
 )
 def test_fine_tuning_in_two_processes(launch, trained_model, preferences, tmp_path, strategy, kind, pooling):
     flags = flags_of(trained_model, preferences, tmp_path / "reward") | LORA

@@ -43,6 +43,7 @@ def finished(tool, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_copied_stages_equal_those_of_a_complete_run(tool, finished, tmp_path):
     """The first round on the same pairs is copied; a run without copied stages gives the same bytes."""
     extra = tuple(f"--{name}={value}" for name, value in SMALLEST_RUN.items())

@@ -297,7 +297,9 @@ def medium(random_plus, tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is measured in /proc")
-@pytest.mark.parametrize("work", ["training", "training checkpointed", "captioning"])
+@pytest.mark.parametrize(
+    "work", [pytest.param("training", marks=pytest.mark.slow), "training checkpointed", "captioning"]
+)
 def test_memory_of_a_real_process(random_plus, medium, work, capsys):
     """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
     command = [sys.executable, Path(__file__).with_name("measure.py"), random_plus, medium, *work.split()]
