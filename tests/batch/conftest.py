@@ -9,6 +9,8 @@ import pytest
 
 from salmonn.batch import remote
 from salmonn.batch.ledger_files import LedgerFiles
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.model.loading import Placement
 from tests.batch.stores import FileServer, HubServer, start_s3
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -45,9 +47,29 @@ def folder(short_videos, tmp_path):
     return folder
 
 
+def reuse(model: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands in this process use a loaded model; with other options, or from another folder, they load one."""
+    load, defaults = Captioner.load, dict(placement=Placement(), adapter=None, published_positions=False, reader="pyav")
+
+    def load_or_reuse(path: Path | str, **options: object) -> Captioner:
+        return model if Path(path) == Path(model.name) and options == defaults else load(path, **options)
+
+    monkeypatch.setattr(Captioner, "load", load_or_reuse)
+
+
+@pytest.fixture(scope="session")
+def toy() -> Captioner:
+    """The shipped model; tests do not change it."""
+    return Captioner.load(SHIPPED_MODEL)
+
+
 @pytest.fixture
-def caption(call, random_model, tmp_path):
-    """Run the command and return exit code and stderr. It reads videos in this process, unless told otherwise."""
+def caption(call, random_model, loaded_model, tmp_path, monkeypatch):
+    """Run the command and return exit code and stderr.
+
+    The model is loaded once for all tests, and videos are read in this process, unless the test says otherwise.
+    """
+    reuse(loaded_model, monkeypatch)
 
     def caption(*args: object, out: str = "captions.jsonl") -> tuple[int, str]:
         model = ("--model", random_model, "--max-new-tokens", 6, "--workers", 0)

@@ -16,6 +16,7 @@ from salmonn.caption.shape import CaptionShape, Shape
 from salmonn.files import read_records
 from salmonn.records import Caption, Failure
 from salmonn.score.text_spans import count_words
+from tests.batch.conftest import reuse
 from tests.launch import forked
 from tests.limits import RUN_SECONDS
 from tests.score.fake_llm_server import Answer
@@ -54,8 +55,9 @@ def clips_of(short_videos, tmp_path):
 
 
 @pytest.fixture
-def run(call, tmp_path):
+def run(call, toy, tmp_path, monkeypatch):
     """Caption with the toy model; return exit code, captions and stderr."""
+    reuse(toy, monkeypatch)
 
     def caption(*args: object, out: str = "captions.jsonl") -> tuple[int, list[Caption], str]:
         code, _, err = call("caption", *args, "--out", tmp_path / out, "--workers", 0, "--batch-size", 4)

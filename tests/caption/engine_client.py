@@ -1,7 +1,18 @@
 """Requests to an engine whose model is a `GatedCaptioner`."""
 
+from functools import cache
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import TextDelta
 from tests.limits import wait_until
+
+
+@cache
+def expected_text(model: Captioner, request: CaptionRequest) -> str:
+    """Return the answer of a separate run, which is computed once for all tests."""
+    ((caption,),) = model.generate([request])
+    return caption.text
 
 
 def stream_text(engine, request):

@@ -14,7 +14,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.read_spec import ReadSpec
 from salmonn.model.layout import ClipInfo
-from tests.caption.engine_client import EventRecorder, make_steps, stream_text
+from tests.caption.engine_client import EventRecorder, expected_text, make_steps, stream_text
 from tests.completions import generate
 from tests.limits import STEP_SECONDS, wait_until
 
@@ -60,9 +60,8 @@ def test_queued_requests_are_batched(engine, model, videos, monkeypatch):
     wait_until(lambda: not engine.num_active)
     assert model.batches == [1, 3, 2] and engine.num_prefills - num_prefills == 3 and model.largest_batch == 6
     for request, recorder in zip(requests, recorders, strict=True):
-        expected = model.caption(request.path, sampling=request.sampling, seed=request.seed)
         wait_until(recorder.texts)
-        assert recorder.texts() == {0: expected.text}
+        assert recorder.texts() == {0: expected_text(model, request)}
 
 
 def test_a_new_request_joins_the_running_batch(engine, model, videos):
@@ -79,8 +78,8 @@ def test_a_new_request_joins_the_running_batch(engine, model, videos):
     assert not first.texts() and model.batches == [1, 1] and model.largest_batch == 2
     model.gate.set()
     wait_until(first.texts)
-    assert first.texts() == {0: model.caption(videos[0], sampling=long).text}
-    assert second.texts() == {0: model.caption(videos[1], sampling=FREE, seed=4).text}
+    assert first.texts() == {0: expected_text(model, CaptionRequest(videos[0], sampling=long))}
+    assert second.texts() == {0: expected_text(model, CaptionRequest(videos[1], sampling=FREE, seed=4))}
 
 
 def test_a_request_is_encoded_while_others_are_decoded(engine, model, videos, monkeypatch):
@@ -139,7 +138,7 @@ def test_long_prompts_are_prefilled_one_at_a_time(engine, model, videos, monkeyp
     wait_until(lambda: all(recorder.texts() for recorder in recorders))
     assert model.batches == [1, 1, 1, 1] and model.largest_batch == 4
     assert [recorder.texts()[0] for recorder in recorders] == [
-        model.caption(video, sampling=SHORT).text for video in videos[:4]
+        expected_text(model, CaptionRequest(video, sampling=SHORT)) for video in videos[:4]
     ]
 
 
@@ -167,7 +166,8 @@ def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):
     assert engine.num_active == 3
     wait_until(lambda: len(recorder.texts()) == 3)
     assert model.batches == [3]
-    texts = {sample: model.caption(videos[2], sampling=FREE, seed=3 + sample).text for sample in range(3)}
+    requests = [CaptionRequest(videos[2], sampling=FREE, seed=3 + sample) for sample in range(3)]
+    texts = {sample: expected_text(model, request) for sample, request in enumerate(requests)}
     assert recorder.texts() == texts and len(set(texts.values())) > 1
     # Prompt and clip tokens count once; an unfinished answer has the maximum number of tokens.
     prompt = PromptRow(0, model.default_prompt())
@@ -227,7 +227,7 @@ def test_cancelled_requests_end_and_the_batch_continues(engine, model, videos):
     running.cancel()
     num_events = len(recorders[0])
     wait_until(recorders[1].texts)
-    assert recorders[1].texts() == {0: model.caption(videos[2], sampling=SHORT).text}
+    assert recorders[1].texts() == {0: expected_text(model, CaptionRequest(videos[2], sampling=SHORT))}
     assert len(recorders[0]) <= num_events + 1  # one event may have been in progress
     if not recorders[0].texts():  # otherwise it ended before it was cancelled
         assert engine.num_cancelled == num_cancelled + 3 and engine.num_answered == num_answered + 1
@@ -299,7 +299,7 @@ def test_closing_finishes_active_requests(own_engine, model, videos):
     closer.join(STEP_SECONDS)
     assert not closer.is_alive()
     for video, recorder in zip(videos, recorders, strict=False):
-        assert recorder.texts() == {0: model.caption(video, sampling=SHORT).text}
+        assert recorder.texts() == {0: expected_text(model, CaptionRequest(video, sampling=SHORT))}
 
 
 def test_closing_waits_for_reading(own_engine, model, videos):
@@ -308,7 +308,7 @@ def test_closing_waits_for_reading(own_engine, model, videos):
         own_engine.submit(CaptionRequest(video, sampling=SHORT), on_event=recorder)
     own_engine.close(grace_seconds=20)
     for video, recorder in zip(videos, recorders, strict=True):
-        assert recorder.texts() == {0: model.caption(video, sampling=SHORT).text}
+        assert recorder.texts() == {0: expected_text(model, CaptionRequest(video, sampling=SHORT))}
 
 
 def test_closing_without_grace_fails_active_requests(own_engine, model, videos, monkeypatch):

@@ -11,7 +11,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.serve.errors import to_api_error
-from tests.caption.engine_client import EventRecorder, make_steps, stream_text
+from tests.caption.engine_client import EventRecorder, expected_text, make_steps, stream_text
 from tests.limits import wait_until
 
 SHORT = Sampling(max_new_tokens=12)
@@ -32,7 +32,10 @@ def test_a_failing_prefill_does_not_affect_the_batch(engine, model, videos):
     assert not running.texts() and engine.failure == "IndexError"  # the running request does not clear it
     model.gate.set()
     wait_until(running.texts)
-    assert running.texts() == {0: model.caption(videos[0], sampling=long).text} and engine.failure == "IndexError"
+    assert (
+        running.texts() == {0: expected_text(model, CaptionRequest(videos[0], sampling=long))}
+        and engine.failure == "IndexError"
+    )
 
 
 def test_a_prefill_out_of_memory_is_retried_when_the_batch_is_empty(engine, model, videos):
@@ -56,7 +59,7 @@ def test_a_prefill_out_of_memory_is_retried_when_the_batch_is_empty(engine, mode
     model.gate.set()
     wait_until(lambda: all(recorder.texts() for recorder in recorders))
     assert [recorder.texts()[0] for recorder in recorders] == [
-        model.caption(video, sampling=SHORT).text for video in videos[:3]
+        expected_text(model, CaptionRequest(video, sampling=SHORT)) for video in videos[:3]
     ]
     assert failed_sizes == [2] and model.batches == [1, 1, 1, 1] and model.largest_batch == 1
     model.prefill_error = lambda size: torch.OutOfMemoryError("CUDA out of memory")
@@ -76,7 +79,7 @@ def test_requests_without_delivered_text_are_retried_after_out_of_memory(engine,
     model.gate.set()
     wait_until(second.texts)
     assert isinstance(first[-1][1], OutOfMemoryDuringBatch) and not first.texts()
-    assert second.texts() == {0: model.caption(videos[1], sampling=SHORT).text}
+    assert second.texts() == {0: expected_text(model, CaptionRequest(videos[1], sampling=SHORT))}
     assert handle.num_completion_tokens == 12 and model.batches == [1, 1, 1]
 
 
@@ -124,7 +127,7 @@ def test_out_of_memory_is_retried_one_by_one(engine, model, videos):
     wait_until(lambda: not engine.num_active)
     assert model.batches == [3, 1, 1, 1]
     wait_until(lambda: len(recorder.texts()) == 3)
-    assert recorder.texts()[2] == model.caption(videos[0], sampling=FREE, seed=7).text
+    assert recorder.texts()[2] == expected_text(model, CaptionRequest(videos[0], sampling=FREE, seed=7))
     model.step_error = lambda size: torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(ValueError, match="does not fit into GPU memory") as caught:
         stream_text(engine, CaptionRequest(videos[0]))
@@ -195,7 +198,9 @@ def test_long_clips_are_rejected(short_engine, model, videos):
     with pytest.raises(ClipError, match=f"has {declared_seconds(videos[0]):.0f} s or more"):
         stream_text(short_engine, CaptionRequest(videos[0]))
     request = CaptionRequest(videos[0], span=Span(1.0, 3.0), sampling=SHORT)
-    assert stream_text(short_engine, request) == model.caption(videos[0], span=Span(1.0, 3.0), sampling=SHORT).text
+    assert stream_text(short_engine, request) == expected_text(
+        model, CaptionRequest(videos[0], span=Span(1.0, 3.0), sampling=SHORT)
+    )
 
 
 def test_long_clips_of_undeclared_length_are_rejected(short_engine, videos, tmp_path):
