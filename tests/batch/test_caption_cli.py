@@ -99,6 +99,12 @@ def test_a_changed_file_is_captioned_again(folder, caption, videos, tmp_path, ca
     assert captions[-1].text in (tmp_path / "captions.csv").read_text()
 
 
+def busy_shards(folder, count):
+    """Return the numbers of the shards, of a count of them, that hold a video of a folder: paths may hash to a few."""
+    paths = [str(path) for path in folder.rglob("*.mp4")]
+    return [number for number in range(1, count + 1) if any(map(Shard(number, count).holds, paths))]
+
+
 def assert_captioned_by_shard(folder, out):
     """Each of two shards holds the captions of its videos; if all paths hash to one shard, the other writes no file."""
     for number in (1, 2):
@@ -112,7 +118,7 @@ def test_shards_caption_all_videos(folder, caption, tmp_path):
         assert caption(folder, "--shard", shard)[0] == 0
     assert_captioned_by_shard(folder, tmp_path)
     # With another number of shards, nothing is left to do.
-    for more in ((), ("--shard", "1/3")):
+    for more in ((), ("--shard", f"{busy_shards(folder, 3)[0]}/3")):
         code, err = caption(folder, *more)
         assert code == 0 and "nothing to do: no videos left to caption\n" in err and "already done, skipped" in err
     assert not (tmp_path / "captions.jsonl").exists()
@@ -122,7 +128,7 @@ def test_shards_write_subtitles_of_what_one_process_captioned(folder, caption):
     """Each shard for its videos."""
     assert caption(folder)[0] == 0
     expected = set()
-    for number in (1, 2):
+    for number in busy_shards(folder, 2):
         code, err = caption(folder, "--shard", f"{number}/2", "--export", "txt")
         assert code == 0 and err.startswith("no videos left to caption\n")
         expected |= {path.with_suffix(".txt") for path in folder.rglob("*.mp4") if Shard(number, 2).holds(str(path))}
@@ -155,7 +161,7 @@ def test_each_torchrun_process_takes_a_shard(folder, random_model, tmp_path):
     assert_captioned_by_shard(folder, tmp_path)
     failed = [path for path in tmp_path.glob("*.failed.jsonl")]
     assert [names(path, Failure) for path in failed] == [["clips/broken.mp4"]]
-    assert result.returncode == 1 and result.stderr.count("clips per minute") == 2
+    assert result.returncode == 1 and result.stderr.count("clips per minute") == len(busy_shards(folder, 2))
 
 
 def test_a_list_from_stdin(folder, caption, tmp_path, monkeypatch):

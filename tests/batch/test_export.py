@@ -178,7 +178,7 @@ print(len(latest), peak() - before)
 """
 
 
-@pytest.mark.parametrize(("name", "limit"), [("all.csv", 20e6), ("all.parquet", 45e6)])
+@pytest.mark.parametrize(("name", "limit"), [("all.csv", 25e6), ("all.parquet", 45e6)])
 def test_many_captions_take_little_memory(tmp_path, name, limit):
     """The 4,000 captions of 10,000 characters would take 40 MB, and a row group of Parquet has 100 of them."""
     path, count = tmp_path / "captions.jsonl", 4000
