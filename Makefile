@@ -6,7 +6,7 @@
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
 # make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
-# make lab           what is claimed of pairs, losses, votes, rebirth and feedback, on 3 seeds next to controls; update docs/lab.md
+# make lab           what is claimed of pairs, losses, votes, rebirth and feedback, on 3 seeds next to controls; update docs/lab.md: two hours
 # make lab-rewards   what is claimed of reward models, on 3 seeds next to controls; update docs/lab.md: an estimated 90 minutes
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
 # make gpu-check     check and measure the GPU path at 7B shapes, on one GPU with 80 GiB or more (not run yet)
@@ -56,7 +56,8 @@ ablation: setup
 	$(BIN)/python tools/ablation.py --seeds 2 3 4 --jobs $(PROCESSES)
 
 lab: setup
-	$(BIN)/python tools/lab_selection.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md
+	$(BIN)/python tools/lab_selection.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md \
+	    --parts subset feedback game losses terms grpo votes rounds tailor
 
 lab-rewards: setup
 	$(BIN)/python tools/lab_rewards.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md

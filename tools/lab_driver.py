@@ -253,16 +253,38 @@ def read_results(lab: Lab, *, seeds: Sequence[int], out: Path) -> dict[int, dict
 
 
 def make_table(rows: Sequence[Row], results: Mapping[int, Results]) -> list[str]:
-    """Return the lines of the table: value of each seed, mean with Student's 95 % interval, and whether it holds."""
+    """Return the lines of the table: value of each seed, mean with Student's 95 % interval, and whether it holds.
+
+    A section starts with a row that begins with its name in bold; one without a value is a single line.
+    """
     lines = ["| measured: wanted | " + " | ".join(f"seed {seed}" for seed in results) + " | mean (95 %) | holds |"]
     lines.append("|---|" + "---:|" * (len(results) + 1) + "---|")
-    for row in rows:
-        values = [value_of(row, one) for one in results.values()]
-        known = [value for value in values if value is not None]
-        cells = ["" if value is None else f"{value:.{row.digits}f}" for value in values]
-        verdict = judge(row, known, num_seeds=len(values))
-        lines.append(f"| {row.text} | {' | '.join(cells)} | {describe(known, row.digits)} | {verdict} |")
+    for section in split_sections(rows):
+        values = [[value_of(row, one) for one in results.values()] for row in section]
+        if all(value is None for of_row in values for value in of_row):
+            name = section[0].text.rpartition("**")[0]
+            lines.append(f"| {name}** | {'| ' * len(results)}| not run |")
+        else:
+            lines += [format_row(row, of_row) for row, of_row in zip(section, values, strict=True)]
     return lines
+
+
+def split_sections(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return rows by section."""
+    sections: list[list[Row]] = []
+    for row in rows:
+        if row.text.startswith("**"):
+            sections.append([])
+        sections[-1].append(row)
+    return sections
+
+
+def format_row(row: Row, values: Sequence[float | None]) -> str:
+    """Return a line of the table."""
+    known = [value for value in values if value is not None]
+    cells = ["" if value is None else f"{value:.{row.digits}f}" for value in values]
+    verdict = judge(row, known, num_seeds=len(values))
+    return f"| {row.text} | {' | '.join(cells)} | {describe(known, row.digits)} | {verdict} |"
 
 
 def judge(row: Row, values: Sequence[float], *, num_seeds: int) -> str:
