@@ -1,6 +1,7 @@
 """Shared fixtures: synthetic clips, and small models with random weights."""
 
 # ruff: noqa: E402
+import copy
 import fcntl
 import gc
 import importlib.util
@@ -18,7 +19,9 @@ import torch
 from torch import nn
 
 from salmonn import cli
+from salmonn.caption import hearing, server_connection
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.hearing import write_probe_clips
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.model.config import PLAIN_PROMPTS
@@ -127,16 +130,35 @@ def plus(random_plus) -> Captioner:
     return Captioner.load(random_plus)
 
 
-@pytest.fixture
-def captioner(random_model) -> Captioner:
-    """The random model, loaded for each test, which may change it."""
+@pytest.fixture(scope="session")
+def loaded_model(random_model) -> Captioner:
+    """The random model; tests do not change it."""
     return Captioner.load(random_model)
 
 
+@pytest.fixture
+def captioner(loaded_model) -> Captioner:
+    """A copy of the random model for each test, which may change it."""
+    return copy.deepcopy(loaded_model)
+
+
 @pytest.fixture(scope="session")
-def processor(random_model) -> Processor:
+def processor(loaded_model) -> Processor:
     """The random model's processor."""
-    return Captioner.load(random_model).processor
+    return loaded_model.processor
+
+
+@pytest.fixture(scope="session")
+def probe_clips(tmp_path_factory) -> tuple[Path, Path]:
+    """The clips of the hearing probe."""
+    return write_probe_clips(tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture
+def written_probe_clips(probe_clips, monkeypatch) -> None:
+    """Let all hearing probes of this process use the same clips, instead of writing them each time."""
+    for module in (hearing, server_connection):
+        monkeypatch.setattr(module, "write_probe_clips", lambda folder: probe_clips)
 
 
 @pytest.fixture(scope="session")
