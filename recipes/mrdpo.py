@@ -204,7 +204,7 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     if number > 1 and config.reference_policy == "mixed":
         stage = replace(stage, anchor=config.model)
     if number == config.rounds:
-        stage = replace(stage, num_questions=config.num_questions)
+        stage = replace(stage, num_questions=config.num_questions, weight=config.last_round_weight)
     return train_on_preferences(examples, policy, stage, run)
 
 
@@ -255,7 +255,13 @@ def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: 
         del captioner, preferences, batches, context
         merge = merge_sharded if config.load_sharded else merge_checkpoint
         return merge(
-            checkpoint, base=config.model, earlier=stage.earlier, lora=config.lora, config=config, folder=folder
+            checkpoint,
+            base=config.model,
+            earlier=stage.earlier,
+            lora=config.lora,
+            config=config,
+            folder=folder,
+            weight=stage.weight,
         )
 
 

@@ -91,6 +91,14 @@ def merge_adapter(network: Network) -> None:
     network.requires_grad_(False)
 
 
+@torch.no_grad()
+def scale_adapter(network: Network, factor: float) -> None:
+    """Multiply the update of the attached adapter by a factor."""
+    for name, parameter in network.lm.named_parameters():
+        if ".lora_B." in name:
+            parameter.mul_(factor)
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """The update of a projection's weight, scaling * B A.

@@ -93,6 +93,8 @@ class MrDpoConfig(RunConfig):
         lora: fresh adapter of each round.
         fit: optimization of each round.
         learning_rate_decay: factor of the learning rate from each round to the next.
+        last_round_weight: factor of the last round's update when it is merged; 0.5 gives the mean of the models of the
+            last two rounds (model soups, arXiv 2203.05482).
         early_stopping: rules that stop the rounds early.
         estimate: what `dry_run` estimates the hours of a round for.
         load_sharded: load only a part of the weights into each process, for models that do not fit on one GPU; see
@@ -128,6 +130,7 @@ class MrDpoConfig(RunConfig):
         default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16)
     )
     learning_rate_decay: float = 1.0
+    last_round_weight: float = 1.0
     early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     estimate: EstimateConfig = field(default_factory=EstimateConfig, metadata=MAY_CHANGE)
     load_sharded: bool = False
@@ -137,10 +140,7 @@ class MrDpoConfig(RunConfig):
         super().__post_init__()
         if self.load_sharded:
             check_sharded(self)
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if not 0 < self.learning_rate_decay < math.inf:
-            raise ValueError(f"learning_rate_decay must be above 0, got {self.learning_rate_decay}")
+        self._check_rounds()
         if self.references and not self.heldout_references:
             raise ValueError(
                 "references are given without heldout_references, so synthetic clips would decide which round is best; "
@@ -174,6 +174,15 @@ class MrDpoConfig(RunConfig):
                 f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "
                 "a step; choose a fraction from 0 to 1 that leaves both, or 0"
             )
+
+    def _check_rounds(self) -> None:
+        """Raise ValueError if the number of rounds, or a factor that differs between them, is out of range."""
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if not 0 < self.learning_rate_decay < math.inf:
+            raise ValueError(f"learning_rate_decay must be above 0, got {self.learning_rate_decay}")
+        if not 0 < self.last_round_weight <= 1:
+            raise ValueError(f"last_round_weight must be above 0 and at most 1, got {self.last_round_weight}")
 
     def _check_loss(self) -> None:
         """Raise ValueError if the loss does not suit the reference policy, the pairs or the reward."""

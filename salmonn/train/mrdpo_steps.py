@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from salmonn import dist
 from salmonn.files import read_json
@@ -53,12 +54,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         if number == 1 or config.fresh_pairs:
             steps += _example_steps(config, number, choose, rating_file=rating_file, needs=policy)
             examples = steps[-1].name
-        training = choose("loss", "lora", "fit", "seed")
-        training["fit.learning_rate"] = config.round_fit(number).learning_rate
-        training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
-        training |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
-        training |= {"num_questions": config.num_questions if number == config.rounds else 0}
-        steps += _training_steps(folder, training, evaluation, needs=(examples, *policy))
+        steps += _training_steps(folder, _round_settings(config, number, choose), evaluation, needs=(examples, *policy))
         policy = (f"{folder}/model",)
     if config.rebirth:
         # The best round depends on all evaluations.
@@ -126,6 +122,18 @@ def _example_steps(
         needs=(ratings.name,),
     )
     return [captions, ratings, pairs]
+
+
+def _round_settings(config: MrDpoConfig, number: int, choose: Callable[..., Settings]) -> dict[str, Any]:
+    """Return what the model of a round depends on, besides its examples and the policy that it starts from."""
+    settings = dict(choose("loss", "lora", "fit", "seed"))
+    settings["fit.learning_rate"] = config.round_fit(number).learning_rate
+    settings |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
+    settings |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
+    settings |= {"num_questions": config.num_questions if number == config.rounds else 0}
+    if number == config.rounds and config.last_round_weight != 1:  # absent, the default, in earlier runs
+        settings |= choose("last_round_weight")
+    return settings
 
 
 def _tailoring_steps(

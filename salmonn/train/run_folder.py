@@ -19,7 +19,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.config import MAY_CHANGE, write_config
 from salmonn.files import read_records, write_json, write_records
 from salmonn.model.loading import CONFIG_NAME, Placement
-from salmonn.model.lora import LoraConfig, MergeRounding, attach_lora, merge_in_float32, save_adapter
+from salmonn.model.lora import LoraConfig, MergeRounding, attach_lora, merge_in_float32, save_adapter, scale_adapter
 from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, require_free_space
 from salmonn.train.feature_cache import FeatureCacheConfig
 from salmonn.train.parallel import StrategyName
@@ -142,6 +142,7 @@ def merge_checkpoint(
     config: RunConfig,
     folder: Path,
     earlier: Sequence[Path] = (),
+    weight: float = 1.0,
 ) -> Path:
     """Merge a trained adapter, and the adapters of earlier rounds, into the model that they start from, and write both.
 
@@ -156,6 +157,7 @@ def merge_checkpoint(
         config: placement and frame sampler.
         folder: folder of the stage, which gets `adapter/` and `merged/`.
         earlier: folders of the adapters that were merged before, in their order.
+        weight: factor of the adapter's update; the saved adapter contains it.
 
     Returns:
         Folder of the merged model.
@@ -168,6 +170,7 @@ def merge_checkpoint(
         captioner = config.load_model(base)
         attach_lora(captioner.network, lora, seed=0)
         load_trained(captioner.network, checkpoint)
+        scale_adapter(captioner.network, weight)
         save_adapter(captioner.network, folder / "adapter")
         captioner.network.lm = captioner.network.lm.unload()
         rounding = merge_in_float32(captioner.network, [*earlier, folder / "adapter"])

@@ -12,7 +12,7 @@ from salmonn.caption.captioner import Captioner, publish_half
 from salmonn.caption.processor import Processor
 from salmonn.files import read_json
 from salmonn.model.loading import load_config
-from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, save_adapter, scale_adapter
 from salmonn.model.sharding import build_empty, load_encoders, load_sharded, merge_files
 from salmonn.model.weight_files import INDEX_NAME, WEIGHTS_NAME
 from salmonn.system import flush
@@ -74,6 +74,7 @@ def merge_sharded(
     config: RunConfig,
     folder: Path,
     earlier: Sequence[Path] = (),
+    weight: float = 1.0,
 ) -> Path:
     """Do what `merge_checkpoint` does, with the same arguments and result, without the whole model in any process.
 
@@ -88,6 +89,7 @@ def merge_sharded(
         tensors = load_trained(network, checkpoint)  # which checks them, and copies nothing into empty weights
         trained = {name: tensors[f"model.{name}"] for name, one in network.named_parameters() if one.requires_grad}
         network.load_state_dict(trained, strict=False, assign=True)
+        scale_adapter(network, weight)
         save_adapter(network, folder / "adapter")
         shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
         half.mkdir(parents=True)

@@ -114,6 +114,7 @@ class Stage:
         anchor: model that the reference policy is mixed with, if any.
         num_questions: number of questions in each step.
         steps_setting: name of the setting of the number of steps, for error messages.
+        weight: factor of the update when it is merged.
     """
 
     folder: Path
@@ -125,6 +126,7 @@ class Stage:
     anchor: str | None = None
     num_questions: int = 0
     steps_setting: str = "fit.steps"
+    weight: float = 1.0
 
     def find_reference_policy(self, config: MrDpoConfig) -> ReferencePolicy:
         """Return the reference policy, whose networks are loaded when they are needed."""

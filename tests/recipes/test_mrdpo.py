@@ -15,7 +15,7 @@ import torch
 
 from salmonn.files import append_record, read_records, write_json, write_records
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.lora import LoraConfig, attach_lora, read_factors
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import REWARD_FORMAT
@@ -275,6 +275,7 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     changed = {
         "reward.kind": "voter", "reward.voter": "cycle", "loss.kind": "nash", "loss.ce_weight": 0, "rounds": 2,
         "reference_policy": "mixed", "rebirth": "null", "redo_from": "round_2/captions", "learning_rate_decay": 0.5,
+        "last_round_weight": 1e-6,
     }  # fmt: skip
     result = launch("mrdpo", out=out, **flags | changed)
     assert result.returncode == 0, result.stderr
@@ -288,6 +289,8 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     # The policy is not the reference policy at first, unlike in other rounds.
     assert abs(steps[0]["chosen_drift"]) > 1e-6 and steps[0]["dpo"] > 0
     assert (folder / "heldout" / "exploitability.json").is_file()
+    adapter = read_factors(folder / "adapter").values()
+    assert 0 < max(factors.b.abs().max() for factors in adapter) < 1e-6  # the weight of the last round
 
 
 def test_rebirth_from_an_aligned_teacher(finished, launch, flags, tmp_path):
@@ -384,6 +387,7 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
     assert changed(replace(base, selection=SelectionConfig(min_gap=0.2))) == ["round_1/pairs", "round_2/pairs"]
     assert changed(replace(base, fit=replace(fit, steps=7))) == ["round_1/model", "round_2/model"]
     assert changed(replace(base, learning_rate_decay=0.5)) == ["round_2/model"]
+    assert changed(replace(base, last_round_weight=0.5)) == ["round_2/model"]
     assert changed(replace(base, reference_policy="run_start")) == ["round_2/model"]
     assert changed(replace(base, qa_fraction=0.5)) == ["round_2/model"]  # only the last round has questions
     assert changed(replace(base, early_stopping=EarlyStopConfig(max_worsening=1.0))) == ["rebirth/captions"]
@@ -483,6 +487,16 @@ def test_a_rebirth_that_fails_keeps_the_results_of_the_rounds(load_recipe, monke
     assert summary.rebirth is None and (tmp_path / "rounds.jsonl").is_file()
 
 
+def test_only_the_last_round_has_the_weight(load_recipe, monkeypatch, tmp_path):
+    recipe, weights = load_recipe("mrdpo"), []
+    monkeypatch.setattr(recipe, "make_round_examples", lambda *_, **__: [])
+    monkeypatch.setattr(recipe, "train_on_preferences", lambda _, __, stage, ___: weights.append(stage.weight))
+    run = recipe.Run(recipe.MrDpoConfig(out=tmp_path, rounds=3, last_round_weight=0.5), None, None, None, None)
+    for number in (1, 2, 3):
+        recipe.run_round(number, "start", run)
+    assert weights == [1.0, 1.0, 0.5]
+
+
 def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, captioner, random_model):
     recipe, name = load_recipe("mrdpo"), "lm.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     attach_lora(captioner.network, LoraConfig(rank=2), seed=0)
@@ -574,6 +588,7 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ),
         ({"eta": 0.0}, "eta must be above 0"),
         ({"learning_rate_decay": 0.0}, "learning_rate_decay must be above 0"),
+        ({"last_round_weight": 0.0}, "last_round_weight must be above 0 and at most 1, got 0.0"),
         (
             {"loss": {"kind": "grpo", "beta": 0.0}, "rebirth": RebirthConfig(tailor="teacher")},
             "trains the teacher by guided DPO with the same loss.beta: loss.beta must be above 0",

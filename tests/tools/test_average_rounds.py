@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from salmonn.records import write_json
+from salmonn.files import write_json
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.lora import LoraConfig, attach_lora, read_factors
 from salmonn.records import Caption
 from salmonn.train.checkpoint import Checkpoints, checkpointed
 from salmonn.train.run_folder import RunConfig, is_complete, load_or_create, merge_checkpoint, num_bytes, open_run
@@ -77,5 +77,11 @@ def test_the_checkpoint_is_merged_into_the_weights_on_disk(captioner, random_mod
     assert merged == tmp_path / "merged" and result.name == str(merged)
     assert torch.allclose(result.network.get_parameter(name), before + 0.06, atol=1e-6)
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    # With a weight of 0.5, the mean of both models; the saved adapter is what was merged.
+    options = {"base": random_model, "lora": lora, "config": config, "folder": tmp_path / "half"}
+    half = Captioner.load(merge_checkpoint(checkpoints.latest(), **options, weight=0.5))
+    assert torch.allclose(half.network.get_parameter(name), before + 0.03, atol=1e-6)
+    update = read_factors(tmp_path / "half" / "adapter")[name.removeprefix("lm.").removesuffix(".weight")]
+    assert torch.allclose(update.product(torch.device("cpu")), torch.tensor(0.03), atol=1e-6)
     size = (tmp_path / "merged" / "model.safetensors").stat().st_size
     assert 0 <= size - num_bytes(result) < 100_000

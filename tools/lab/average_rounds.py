@@ -22,9 +22,9 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.cli.options import new_table
 from salmonn.config import parse_config, run_recipe
+from salmonn.files import write_json
 from salmonn.model.lora import read_factors
 from salmonn.preference.reward import make_judge, make_reward
-from salmonn.records import write_json
 from salmonn.score.metrics import Rates
 from salmonn.train.encoding import cache_features
 from salmonn.train.evaluate import evaluate
