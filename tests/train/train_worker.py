@@ -148,7 +148,7 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     network_ref = weakref.ref(captioner.network)
     del captioner
     merge = merge_sharded if is_sharded else merge_checkpoint
-    merge(checkpoint, base=model, lora=LORA, config=run_config, folder=out)
+    merge(checkpoint, base=model, lora=LORA, config=run_config, folder=out, weight=0.5)
     network = network_ref()
     assert network is None or not any(parameter.nbytes for parameter in network.parameters()), (
         "a GPU has no memory for two networks"
