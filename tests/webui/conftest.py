@@ -14,17 +14,29 @@ import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.files import write_json, write_records, write_text
+from salmonn.files import read_records, write_json, write_records, write_text
 from salmonn.preference.rating import Rating
-from salmonn.records import Caption, Failure
+from salmonn.records import Caption, Failure, Reference
 from salmonn.score.metrics import Rates
 from salmonn.train.data import ClipSet
-from salmonn.webui.session import EXAMPLES, ExampleClip, make_example_clips
+from salmonn.webui.session import ExampleClip
 from tests.launch import forked
 from tests.limits import STEP_SECONDS
 from tests.score.browser import start_profile
 
 SALMONN = Path(sys.executable).with_name("salmonn")
+# `salmonn`, with drafts in turn: none, and one by the toy model.
+WITH_DRAFTS_IN_TURN = """
+from itertools import cycle
+from types import SimpleNamespace
+import salmonn.webui.write_tab
+from salmonn.cli.main import main
+drafts = cycle(["", "toy"])
+salmonn.webui.write_tab.random = SimpleNamespace(
+    SystemRandom=lambda: SimpleNamespace(choice=lambda models: next(drafts))
+)
+main()
+"""
 
 
 @dataclass
@@ -101,7 +113,8 @@ def demo(tmp_path_factory, random_model, clips) -> Iterator[Demo]:
     (folder / "set").mkdir()
     dataset = write_dataset(folder / "set", clips)
     flags = ("--dataset", dataset, "--dataset-root", clips.root, "--rewards", dataset.with_name("rewards.jsonl"))
-    demo = start_demo(folder, "--other_model", random_model, *flags)
+    command = (sys.executable, "-c", WITH_DRAFTS_IN_TURN)
+    demo = start_demo(folder, "--other_model", random_model, *flags, command=command)
     yield demo
     demo.process.send_signal(signal.SIGTERM)
     assert demo.process.wait(STEP_SECONDS) == 0
@@ -130,9 +143,12 @@ def toy() -> Captioner:
 
 
 @pytest.fixture(scope="package")
-def examples(tmp_path_factory) -> list[ExampleClip]:
-    """The example clips, rendered again."""
-    return make_example_clips(tmp_path_factory.mktemp("examples"), EXAMPLES)
+def examples(demo) -> list[ExampleClip]:
+    """The example clips of the web UI."""
+    (folder,) = demo.folder.glob("*/examples")
+    references = read_records(folder / "clips.jsonl", Reference)
+    paths = [folder / one.video for one in references]
+    return [ExampleClip(path, path.with_suffix(".png"), one) for path, one in zip(paths, references, strict=True)]
 
 
 class Visitor:
@@ -166,24 +182,57 @@ class Visitor:
         """Return the scrollable width in pixels."""
         return self.page.evaluate("document.documentElement.scrollWidth")
 
+    def check(self) -> None:
+        """Assert that no other URLs were requested, and that there were no errors."""
+        assert self.other_urls == [] and self.errors == []
+
+    def close(self) -> None:
+        """Close the tab, and forget what the browser has stored."""
+        if not self.page.is_closed():
+            self.page.evaluate("localStorage.clear()")
+            self.page.close()
+
+
+def open_tab(profile, demo, *, viewport=(1440, 900), color_scheme="light") -> Visitor:
+    page = profile.new_page()
+    page.set_viewport_size(dict(zip(("width", "height"), viewport, strict=True)))
+    page.emulate_media(color_scheme=color_scheme)
+    return Visitor(page, demo.address)
+
 
 @pytest.fixture
 def visit(profile, demo):
     """Open the web UI in a new browser tab; it must not request other URLs or cause errors."""
     visitors = []
 
-    def open_page(*, viewport=(1440, 900), color_scheme="light", permissions=()) -> Visitor:
-        profile.grant_permissions(permissions)
-        page = profile.new_page()
-        page.set_viewport_size(dict(zip(("width", "height"), viewport, strict=True)))
-        page.emulate_media(color_scheme=color_scheme)
-        visitors.append(Visitor(page, demo.address))
+    def open_page(**options) -> Visitor:
+        visitors.append(open_tab(profile, demo, **options))
         return visitors[-1]
 
     yield open_page
     for visitor in visitors:
-        assert visitor.other_urls == [] and visitor.errors == []
-        if not visitor.page.is_closed():
-            visitor.page.evaluate("localStorage.clear()")
-            visitor.page.close()
-    profile.clear_permissions()
+        visitor.check()
+        visitor.close()
+
+
+@pytest.fixture(scope="module")
+def kept() -> list[Visitor]:
+    """The browser tab that the tests of a module share."""
+    return []
+
+
+@pytest.fixture
+def visitor(request, profile, demo, kept) -> Iterator[Visitor]:
+    """A browser tab that tests use one after the other, as loading the page takes seconds; after a failure, a new one.
+
+    A test leaves it as it was, except for the choice of a video and the answers.
+    """
+    num_failed = request.session.testsfailed
+    if not kept:
+        kept.append(open_tab(profile, demo))
+    kept[0].page.get_by_role("tab", name="Caption").click()
+    yield kept[0]
+    if request.session.testsfailed > num_failed or kept[0].other_urls or kept[0].errors:
+        visitor = kept.pop()
+        visitor.close()
+        visitor.check()
