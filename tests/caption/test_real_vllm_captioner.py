@@ -18,7 +18,8 @@ import pytest
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import SHIPPED_MODEL, CaptionRequest, Sampling
-from salmonn.records import Caption, Failure, read_records
+from salmonn.files import read_records
+from salmonn.records import Caption, Failure
 from tests.caption.vllm_run import CASES
 from tests.limits import RUN_SECONDS, wait_until
 
