@@ -155,19 +155,15 @@ def caption_videos(
         reader=reader,
         shape=config.shape,
     )
-    for batch in batches:
-        for done in batch:
-            one = started[done.index]
-            result = stamp(done.result, one.video, fetcher)
-            if done.num_segments == 1:  # also where a file with finished segments cannot be split again
-                one.parts.clear()
-            one.parts.append(result)
-            if len(one.parts) == done.num_segments:
-                del started[done.index]
-                fetcher.release(one.video)
-                yield one.finish()
-            elif log and isinstance(result, Caption):  # the last one is written with its video
-                log.put(result)
+    for done in itertools.chain.from_iterable(batches):
+        one = started[done.index]
+        result = stamp(done.result, one.video, fetcher)
+        if one.add(result, num_segments=done.num_segments):
+            del started[done.index]
+            fetcher.release(one.video)
+            yield one.finish()
+        elif log and isinstance(result, Caption):  # the last one is written with its video
+            log.put(result)
     if log:
         log.finish()
 
@@ -179,6 +175,13 @@ class _StartedVideo:
     speech: tuple[SpeechEvent, ...] | None
     missing: str
     parts: list[Caption | Failure]
+
+    def add(self, result: Caption | Failure, *, num_segments: int) -> bool:
+        """Add the result of a segment, and return whether all are there."""
+        if num_segments == 1:  # also where a file with finished segments cannot be split again
+            self.parts.clear()
+        self.parts.append(result)
+        return len(self.parts) == num_segments
 
     def finish(self) -> VideoResult:
         ordered = sorted(self.parts, key=lambda result: result.start_seconds or 0.0)

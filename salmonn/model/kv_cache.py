@@ -10,9 +10,7 @@ prefix attend to it together: no prefix is padded to the longest, and no scores 
 tokens of the rows themselves are two further batches. The parts of each row are merged by their log-sum-exp.
 
 A static cache pads the numbers of rows, pages, tails, groups and columns to a few sizes, and changes its tables in
-place. So a decode step that was recorded as a CUDA graph can be replayed after rows have joined or ended. It keeps its
-tensors after its last row has ended. They may have room for more than a step attends to, so that what a step computes
-depends on the rows since then, and not on those before.
+place, so that recorded decode steps can be replayed after rows have joined or ended. Its tensors outlive its rows.
 """
 
 from collections import Counter
