@@ -64,7 +64,10 @@ def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
         forked(BIN / "salmonn", *command(server, folder, out, "--concurrency", 2, "--workers", 1)),
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
-    wait_until(lambda: process.poll() is not None or (is_held[0] and count_lines(out) >= 3))
+    # With two requests in flight, the program waits for replies, and does not write a caption.
+    wait_until(
+        lambda: process.poll() is not None or (is_held[0] and count_lines(out) >= 3 and len(server.requests) >= 9)
+    )
     assert process.poll() is None, process.stderr.read()
     before = out.read_bytes()
     if end == "SIGKILL":
