@@ -86,7 +86,7 @@ def random_model(clips, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shallow_model(clips, tmp_path_factory) -> Path:
-    """Folder of a random model whose language model has two layers, for trainings of which many are compared."""
+    """Folder of a random model with two decoder layers, for tests that compare many training runs."""
     return save_random_model(tmp_path_factory.mktemp("models") / "shallow", clips.references, layers=2)
 
 

@@ -64,7 +64,7 @@ class Row:
     Args:
         text: what is measured, and what is wanted of it.
         value: its value for a seed, from the results of the parts; KeyError where a part is missing.
-        holds: whether a value fulfils the claim; None for a control, of which nothing is claimed.
+        holds: whether a value fulfils the claim; None for a control, about which nothing is claimed.
         digits: number of decimals.
     """
 

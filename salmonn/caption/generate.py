@@ -180,7 +180,7 @@ class DecodeBatch:
             self._cache = None
 
     def release_unused(self) -> None:
-        """Release memory of the KV cache of which at most half is in use."""
+        """Release memory of the KV cache if at most half of it is in use."""
         if self._cache is not None:
             self._cache.release_unused()
 

@@ -108,7 +108,7 @@ class StreamingGenerator:
         self._batch.decoder.restart()
 
     def release_unused(self) -> None:
-        """Release memory of the KV cache of which at most half is in use."""
+        """Release memory of the KV cache if at most half of it is in use."""
         self._batch.release_unused()
 
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:

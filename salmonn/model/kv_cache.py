@@ -268,7 +268,7 @@ class KVCache:
         self._positions[:, : len(rows)], self._columns[: len(rows)] = self._positions[:, index], self._columns[index]
 
     def release_unused(self) -> None:
-        """Release memory of which at most half is in use; recorded steps become void."""
+        """Release memory if at most half of it is in use; recorded steps become void."""
         used = (self.shape.pages, self.shape.tails, self.shape.rows)
         for cache in self._layers.values():
             for pool, count in zip(cache.pools, used, strict=True):

@@ -48,7 +48,7 @@ def test_an_arm_starts_from_shared_results_and_its_own_pairs(tool, tmp_path):
 
 
 def caption(video: str, sample: int, text: str, total: float) -> tuple[Caption, Score]:
-    """A caption of which as many of 10 events are missing as Total says."""
+    """A caption that misses as many of 10 events as Total says."""
     score = Score(
         video=video, num_events=10, missing=round(10 * total), incorrect=0, hallucinated=0, num_words=len(text.split()),
         sample=sample,

@@ -115,7 +115,7 @@ def list_updates(config: AverageConfig) -> dict[str, Update]:
 
 
 def adapter_weights(weights: Sequence[float]) -> list[float]:
-    """Return the factor of each round's adapter in an average of models, each of which is the sum of those before it.
+    """Return the factor of each round's adapter in an average of models, which have the adapters of all rounds so far.
 
     Args:
         weights: weights of the start and of the rounds' models.

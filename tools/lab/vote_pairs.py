@@ -10,6 +10,7 @@ Total. Of these, 128 are chosen in five ways. `random_quarter` is a random quart
 import random
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +18,7 @@ from typing import get_args
 
 from salmonn.files import atomic_folder, read_records, write_json, write_records
 from salmonn.preference.rating import Rating
-from salmonn.preference.selection import RatedCaption
+from salmonn.preference.selection import RatedCaption, to_comparison
 from salmonn.preference.subset import PairImportance, SubsetConfig, rank_pairs
 from salmonn.records import Caption, Comparison, Reference, Score
 from salmonn.score.formats import read_scores
@@ -99,15 +100,8 @@ def error(one: RatedCaption) -> float:
 
 def to_pair(chosen: RatedCaption, rejected: RatedCaption, reference: Reference, *, source: str) -> Comparison:
     """Return a vote as a comparison, with the size of the judge's difference as its margin."""
-    return Comparison(
-        video=chosen.caption.video,
-        prompt=chosen.caption.prompt,
-        chosen=chosen.caption.text,
-        rejected=rejected.caption.text,
-        ground_truth=reference.caption,
-        margin=abs(error(chosen) - error(rejected)),
-        source=source,
-    )
+    comparison = to_comparison(chosen, rejected, reference=reference, source=source)
+    return replace(comparison, margin=abs(comparison.margin or 0.0))
 
 
 def choose(
