@@ -87,7 +87,7 @@ class SamplerConfig(ServerOptions):
         if self.server_model is None:
             raise ValueError("sampler.server needs the name of the model on it: pass --sampler.server-model")
         if self.server_max_pixels != ServerOptions.server_max_pixels:
-            raise ValueError("sampler.server_max_pixels has no effect; set frames, such as --frames.max_pixels 200704")
+            raise ValueError("sampler.server_max_pixels has no effect; set frames, such as --frames.max-pixels 200704")
         if self.workers < 0 or (self.max_rank is not None and self.max_rank < 1):
             raise ValueError(
                 f"sampler.workers must be at least 0 and sampler.max_rank at least 1, got {self.workers} and "

@@ -377,7 +377,7 @@ def test_settings_that_have_no_effect():
         SamplerConfig(base="a/b")
     with pytest.raises(ValueError, match=r"pass --sampler\.server-model"):
         SamplerConfig("http://localhost:8000/v1")
-    with pytest.raises(ValueError, match=r"set frames, such as --frames\.max_pixels"):
+    with pytest.raises(ValueError, match=r"set frames, such as --frames\.max-pixels"):
         SamplerConfig("http://localhost:8000/v1", "m", server_max_pixels=10_000)
     config = SamplerConfig("http://localhost:8000/v1", "m", concurrency=9, max_requests=5)
     assert (config.share(4).concurrency, config.share(4).max_requests) == (2, 1)
