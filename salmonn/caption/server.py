@@ -11,14 +11,13 @@ The API key never leaves the client: captions and job files have the model's nam
 import json
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from salmonn.caption.adaptive_limit import AdaptiveLimit
 from salmonn.caption.generator import (
@@ -28,6 +27,7 @@ from salmonn.caption.generator import (
     Span,
     to_failure,
 )
+from salmonn.caption.in_flight import AnswerError, DeferredInterrupt, InFlight, next_in_thread
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult
 from salmonn.caption.read_spec import ReadSpec
 from salmonn.caption.segments import BoundsStore, FixedSegments, SegmentRule
@@ -38,10 +38,9 @@ from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import FrameOptions, FrameSampler, UniformSampler
 from salmonn.records import Caption, Failure, Modality
 from salmonn.score.budget import Budget
-from salmonn.score.chat_client import ChatClient, LLMRejectedError, LLMStoppedError, SpendCapError
+from salmonn.score.chat_client import ChatClient, LLMStoppedError, SpendCapError
 from salmonn.score.llm_protocol import ChatRequest, ChatResponse, Choice
 
-Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -50,10 +49,6 @@ DEFAULT_TOKENS = 1024
 _SAMPLER = UniformSampler(interval_seconds=1.0, min_frames=8, max_frames=64, budget_fraction=0.0, factor=1)
 _ONE_FRAME = replace(_SAMPLER, min_frames=1, max_frames=1)
 _CUT_REASONS = ("length", "content_filter")
-
-
-class AnswerError(ValueError):
-    """An answer has no caption."""
 
 
 class ServerCaptioner:
@@ -131,9 +126,12 @@ class ServerCaptioner:
         """See `Captioner.caption_batches`; results come as the server answers, and `batch_size` has no effect.
 
         Replies to requests in flight are still returned after Ctrl-C, a spend cap, or another error that ends the run.
+        Ctrl-C between two results takes effect when the next one is requested, a second Ctrl-C at once; see
+        `DeferredInterrupt`.
 
         Raises:
             LLMStoppedError: no further request is possible.
+            KeyboardInterrupt: Ctrl-C was pressed, and all replies in flight have been returned.
         """
         if segments is not None and segments != FixedSegments(math.inf):
             self._require_frames("segments")
@@ -165,49 +163,58 @@ class ServerCaptioner:
     ) -> Iterator[tuple[ClipJob, T | Failure]]:
         """Read clips, send them, and yield the answers; see `caption_batches`."""
         with ExitStack() as stack:
+            interrupt = stack.enter_context(DeferredInterrupt())
             reader = reader or stack.enter_context(ClipReader(workers=0))
             pool = ThreadPoolExecutor(self.options.concurrency)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            in_flight = _InFlight(pool, answer)
+            in_flight = InFlight(pool, answer, interrupt=interrupt)
             batches = reader.batches(iter(jobs), size=1, finish=self._encode, segments=segments, store=store)
             try:
                 yield from self._send_all(batches, in_flight)
-            except (LLMStoppedError, KeyboardInterrupt) as error:
-                self.client.stop()
-                if in_flight.jobs and isinstance(error, KeyboardInterrupt):
-                    logger.warning("waiting for replies in flight, which will be saved (Ctrl-C again drops them)")
-                while in_flight.jobs:
-                    yield from in_flight.take()
+            except LLMStoppedError as error:
+                yield from self._stop(in_flight)
                 # A request in flight may show that a spend cap is not the real problem.
                 causes = [one for one in in_flight.errors if not isinstance(one, SpendCapError) and one.__cause__]
                 raise (causes[0] if causes and isinstance(error, SpendCapError) else error) from None
+            yield from self._stop(in_flight)  # after Ctrl-C; otherwise all have been answered
 
     def _send_all(
-        self, batches: Iterator[list[ReadResult[EncodedClip]]], in_flight: "_InFlight[T]"
+        self, batches: Iterator[list[ReadResult[EncodedClip]]], in_flight: InFlight[T]
     ) -> Iterator[tuple[ClipJob, T | Failure]]:
-        """Send clips as they are read, as many at once as the limit allows; raises an LLMStoppedError.
+        """Send clips as they are read, as many at once as the limit allows, until Ctrl-C; raises an LLMStoppedError.
 
         Clips are taken in a thread, since the next one may be long in coming: results do not wait for it.
         """
-        reading: Future[list[ReadResult[EncodedClip]] | None] | None = _next_in_thread(batches)
-        while reading is not None or in_flight.jobs:
+        reading: Future[list[ReadResult[EncodedClip]] | None] | None = next_in_thread(batches)
+        while not in_flight.interrupt.is_set and (reading is not None or in_flight.jobs):
             may_send = reading is not None and len(in_flight.jobs) < self._limit.limit
             in_flight.wait(reading if may_send else None)
             if in_flight.has_completed:
                 yield from in_flight.take()
                 in_flight.raise_error()
                 continue
-            if reading is None or not may_send or not reading.done():
+            if reading is None or not may_send or not reading.done() or in_flight.interrupt.is_set:
                 continue
             if (batch := reading.result()) is None:
                 reading = None
                 continue
             ((job, clip),) = batch
-            reading = _next_in_thread(batches)
+            reading = next_in_thread(batches)
             if isinstance(clip, ValueError):
                 yield job, to_failure(job.request, str(clip), stage="read")
             else:
                 in_flight.submit(job, clip)
+
+    def _stop(self, in_flight: InFlight[T]) -> Iterator[tuple[ClipJob, T | Failure]]:
+        """Yield the answers to the requests in flight, and send no further one meanwhile."""
+        if in_flight.jobs:
+            self.client.stop()
+        is_announced = False
+        while in_flight.jobs:
+            if in_flight.interrupt.is_set and not is_announced:
+                logger.warning("waiting for replies in flight, which will be saved (Ctrl-C again drops them)")
+                is_announced = True
+            yield from in_flight.take()
 
     def _caption_one(self, job: ClipJob, clip: EncodedClip, *, shape: Shape | None = None) -> Caption:
         # A segment is cut as it was read: the last one is open.
@@ -354,76 +361,6 @@ class ServerCaptioner:
             logprob=None if choice.logprobs is None else sum(choice.logprobs),
             num_tokens=None if choice.logprobs is None else len(choice.logprobs),
         )
-
-
-class _InFlight(Generic[T]):
-    """Requests that have been submitted and whose results have not been taken yet.
-
-    Args:
-        pool: threads that run them.
-        answer: sends one and returns what becomes of the answer.
-
-    Attributes:
-        jobs: the requests by their future results.
-        errors: errors after which no further request is possible.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor, answer: Callable[[ClipJob, EncodedClip], T]) -> None:
-        self.jobs: dict[Future[T], ClipJob] = {}
-        self.errors: list[LLMStoppedError] = []
-        self._pool, self._answer = pool, answer
-
-    @property
-    def has_completed(self) -> bool:
-        """Whether a result can be taken without waiting."""
-        return any(future.done() for future in self.jobs)
-
-    def submit(self, job: ClipJob, clip: EncodedClip) -> None:
-        """Send a request from one of the threads."""
-        self.jobs[self._pool.submit(self._answer, job, clip)] = job
-
-    def wait(self, other: Future[Any] | None = None) -> None:
-        """Wait until a result can be taken, or another future is done."""
-        awaited: set[Future[Any]] = set(self.jobs) if other is None else {*self.jobs, other}
-        while not wait(awaited, timeout=0.5, return_when=FIRST_COMPLETED).done:
-            pass  # a wait without a timeout can miss a Ctrl-C
-
-    def take(self) -> list[tuple[ClipJob, T | Failure]]:
-        """Wait for results and return them."""
-        self.wait()
-        done = [future for future in self.jobs if future.done()]
-        results: list[tuple[ClipJob, T | Failure]] = []
-        for future in done:
-            job = self.jobs.pop(future)
-            try:
-                results.append((job, future.result()))
-            except LLMStoppedError as error:
-                self.errors.append(error)
-            except (LLMRejectedError, AnswerError) as error:
-                results.append((job, to_failure(job.request, f"{job.request.path}: {error}", stage="caption")))
-        return results
-
-    def raise_error(self) -> None:
-        """Raise the first error after which no further request is possible, if there is one."""
-        if self.errors:
-            raise self.errors[0]
-
-
-def _next_in_thread(items: Iterator[Item]) -> "Future[Item | None]":
-    """Return the next item as a future, None at the end.
-
-    The thread does not keep the process alive: it may wait for a list that comes through a pipe.
-    """
-    future: Future[Item | None] = Future()
-
-    def take() -> None:
-        try:
-            future.set_result(next(items, None))
-        except BaseException as error:  # noqa: BLE001 - raised by the future
-            future.set_exception(error)
-
-    threading.Thread(target=take, name="next clip", daemon=True).start()
-    return future
 
 
 def _adds_to_prompt(request: CaptionRequest, shape: Shape | None) -> bool:

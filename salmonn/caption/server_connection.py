@@ -18,7 +18,8 @@ import numpy as np
 
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.hearing import Hearing, probe_hearing, write_probe_clips
-from salmonn.caption.server import DEFAULT_TOKENS, AnswerError, ServerCaptioner
+from salmonn.caption.in_flight import AnswerError
+from salmonn.caption.server import DEFAULT_TOKENS, ServerCaptioner
 from salmonn.caption.server_messages import Part, audio_part, image_part
 from salmonn.caption.server_options import ServerInput, ServerOptions
 from salmonn.records import Modality

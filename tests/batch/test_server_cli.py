@@ -1,10 +1,12 @@
 """`salmonn caption --server`: a real process that is killed and resumed, interrupted, and out of budget."""
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -90,6 +92,63 @@ def test_an_ended_run_is_resumed(folder, serve, call, tmp_path, end):
     assert len(captions) == len({one.video for one in captions}) == 6
     assert len(server.requests) == num_requests + 4 + 6 - len(done)
     process.stderr.close()
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises a KeyboardInterrupt, also if the tests run in the background of a script."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("num_videos", "num_interrupts"), [(5, 1), (5, 2), (1, 1)])
+def test_ctrl_c_while_a_caption_is_written(serve, videos, files, monkeypatch, num_videos, num_interrupts):
+    """Two requests are in flight, and the second is answered only once the program says that it waits for it.
+
+    A second Ctrl-C comes at that moment, and ends the run without the second reply. With one video, none is in flight.
+    """
+    num_sent = min(2, num_videos)
+    is_announced = threading.Event()
+
+    def script(request, number):
+        wait_until(lambda: len(server.requests) >= num_sent)
+        if number:
+            is_announced.wait(STEP_SECONDS)
+        return Answer(describe(request))
+
+    class Announcement(logging.Handler):
+        def emit(self, record):
+            assert record.getMessage().startswith("waiting for replies in flight, which will be saved")
+            if num_interrupts == 2:
+                signal.raise_signal(signal.SIGINT)
+            is_announced.set()
+
+    server, write = serve(script), Ledger.write
+
+    def interrupted_write(ledger, captions):
+        if not files.captions.exists():
+            signal.raise_signal(signal.SIGINT)
+        write(ledger, captions)
+
+    monkeypatch.setattr(Ledger, "write", interrupted_write)
+    announcement, logger = Announcement(), logging.getLogger("salmonn.caption.server")
+    logger.addHandler(announcement)
+    config = JobConfig(CaptionRequest(Path(), "Say."))
+    with Ledger(files, job={}) as ledger, ClipReader(workers=0) as reader:
+        job = CaptionJob(ledger)
+        client = ServerCaptioner(ServerOptions(server.url, "m"))
+        found = map(stat_video, map(str, videos[:num_videos]))
+        with pytest.raises(KeyboardInterrupt):
+            for result in caption_videos(client, job.pending(found), config=config, reader=reader):
+                job.save(result)
+    logger.removeHandler(announcement)
+    assert is_announced.is_set() == (num_videos > 1 and num_interrupts == 1)
+    is_announced.set()
+    assert len(server.requests) == num_sent
+    assert len(read_records(files.captions, Caption)) == job.stats.captions == (1 if num_interrupts == 2 else num_sent)
 
 
 def test_a_reply_is_saved_before_the_next_file_is_found(serve, videos, files):

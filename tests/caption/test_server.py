@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from salmonn.caption.generator import CaptionRequest, Generator, Sampling, Span
+from salmonn.caption.in_flight import AnswerError
 from salmonn.caption.length import WordRange
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import FixedSegments
-from salmonn.caption.server import AnswerError, ServerCaptioner
+from salmonn.caption.server import ServerCaptioner
 from salmonn.caption.server_connection import connect_captioner
 from salmonn.caption.server_messages import DEFAULT_PROMPTS
 from salmonn.caption.server_options import ServerOptions
