@@ -106,8 +106,7 @@ class GenericProcessor(Processor):
 
     def clip_inputs(self, clip: Clip) -> ClipInputs:
         """Keep a clip for the model's own processor, which converts it together with the prompt."""
-        modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
-        return cast(ClipInputs, GenericClip(clip, ClipInfo(modality, clip.is_complete, clip.warnings)))
+        return cast(ClipInputs, GenericClip(clip, ClipInfo(clip.modality, clip.is_complete, clip.warnings)))
 
     def count_tokens(self, clip: Any, prompt: Prompt) -> int:
         """Return 0: the number is only known once the model's processor has converted the clip."""

@@ -200,8 +200,7 @@ class Processor:
                 clip.path,
             )
         mel, notices = self._log_mel(clip)
-        modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
-        info = ClipInfo(modality, clip.is_complete, (*clip.warnings, *notices))
+        info = ClipInfo(clip.modality, clip.is_complete, (*clip.warnings, *notices))
         if not clip.has_video:
             return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel, info=info)
         # Rounded, since positions of a grid step of 0.4999999 s would be half a second too low.

@@ -83,8 +83,7 @@ def encode_clip(
             parts += [{"type": "text", "text": f"[{seconds:.1f} s]"}, image_part(frame, frame_format)]
     if clip.waveform is not None and not (has_file and server_input == "video"):
         parts.append(audio_part(clip.waveform))
-    modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
-    return EncodedClip(tuple(parts), modality, clip.duration_seconds, clip.is_complete, clip.warnings)
+    return EncodedClip(tuple(parts), clip.modality, clip.duration_seconds, clip.is_complete, clip.warnings)
 
 
 def image_part(frame: np.ndarray, frame_format: Literal["jpeg", "png"]) -> Part:

@@ -22,6 +22,7 @@ from salmonn.media.container import ClipError, cause_of, open_media
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import StreamIndex, index_streams
 from salmonn.media.video import decode_frames, target_times
+from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,11 @@ class Clip:
     def has_audio(self) -> bool:
         """Whether there is audio."""
         return self.waveform is not None
+
+    @property
+    def modality(self) -> Modality:
+        """What there is of frames and audio."""
+        return "audio" if not self.has_video else "both" if self.has_audio else "visual"
 
 
 def read_clip(
