@@ -1,6 +1,5 @@
 """The local captioner: load a model, caption one video or many, stream text, generate batches."""
 
-import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -121,18 +120,6 @@ class Captioner:
         processor.is_shipped_toy = Path(path).resolve() == SHIPPED_MODEL.resolve()
         network = load_network(path, placement=placement, adapter=adapter)
         return cls(network, processor, name=str(path))
-
-    def reload(self, path: Path | str, *, placement: Placement | None = None) -> None:
-        """Load other weights of the same kind of model, after freeing these: a GPU has memory for one model.
-
-        Args:
-            path: folder or hub id.
-            placement: see `load`.
-        """
-        del self.network
-        gc.collect()  # training wrappers hold the network in reference cycles
-        self.network = load_network(path, placement=placement)
-        self.name = str(path)
 
     def save(self, path: Path | str) -> None:
         """Write network, config and tokenizer to a folder that `load` reads; config.json is written last."""

@@ -208,7 +208,9 @@ class Engine:
         self.captioner.processor.check_prompt(prompt)
         if request.sampling and request.sampling.json_schema is not None:
             self.captioner.processor.json_grammars.check(request.sampling.json_schema)
-        read_spec = self._limit_duration(self.captioner.read_spec(request))
+        read_spec = self.captioner.read_spec(request)
+        if self.max_seconds is not None:
+            read_spec = LimitedReadSpec(**vars(read_spec), max_seconds=self.max_seconds)
         handle = GenerationHandle(self, num_samples=request.num_samples, on_event=on_event, adapter=adapter)
         with self._changed:
             if self._is_closing:
@@ -245,11 +247,6 @@ class Engine:
         reading: Future[tuple[ClipInputs | ClipFeatures, int]] = Future()
         reading.set_result((cached, processor.count_tokens(cached, prompt)))
         return reading
-
-    def _limit_duration(self, read_spec: ReadSpec) -> ReadSpec:
-        return (
-            read_spec if self.max_seconds is None else LimitedReadSpec(**vars(read_spec), max_seconds=self.max_seconds)
-        )
 
     def cancel(self, handle: GenerationHandle) -> None:
         """See `GenerationHandle.cancel`."""

@@ -49,7 +49,7 @@ def caption_clips(
         if encoder:
             scheduler.limits = replace(limits, reserved_bytes=encoder.reserved_bytes)
         if isinstance(clip, ValueError):
-            yield [_to_read_failure(job, clip)]
+            yield [_to_result(job, clip)]
             num_failed += 1
             # Failures in a row are counted in the order of the clips: those before them must not remain unfinished.
             while jobs and num_failed >= limits.num_rows:
@@ -103,10 +103,7 @@ def caption_in_shape(
     ]
     clips = [(request, clip.seconds) for request, (_, clip) in zip(requests, readable, strict=True)]
     captions = iter(shape_captions(shape, clips, answer=answer))
-    return [
-        _to_read_failure(job, clip) if isinstance(clip, ValueError) else _to_result(job, next(captions))
-        for job, clip in batch
-    ]
+    return [_to_result(job, clip if isinstance(clip, ValueError) else next(captions)) for job, clip in batch]
 
 
 def _prompt_error(captioner: "Captioner", request: CaptionRequest) -> Caption | str | None:
@@ -122,12 +119,11 @@ def _to_text(captioner: "Captioner", request: CaptionRequest, outcome: Completio
     return str(outcome) if isinstance(outcome, Exception) else captioner.to_caption(request, outcome)
 
 
-def _to_result(job: ClipJob, result: Caption | str) -> SegmentResult:
-    if isinstance(result, str):
-        failure = to_failure(job.request, f"{job.request.path}: {result}", stage="caption")
+def _to_result(job: ClipJob, outcome: Caption | str | ValueError) -> SegmentResult:
+    """Return the result of a segment: its caption, why it has none, or why its file cannot be read."""
+    if isinstance(outcome, ValueError):
+        return SegmentResult(job.index, job.num_segments, to_failure(job.request, str(outcome), stage="read"))
+    if isinstance(outcome, str):
+        failure = to_failure(job.request, f"{job.request.path}: {outcome}", stage="caption")
         return SegmentResult(job.index, job.num_segments, failure)
-    return SegmentResult(job.index, job.num_segments, result)
-
-
-def _to_read_failure(job: ClipJob, error: ValueError) -> SegmentResult:
-    return SegmentResult(job.index, job.num_segments, to_failure(job.request, str(error), stage="read"))
+    return SegmentResult(job.index, job.num_segments, outcome)

@@ -153,7 +153,7 @@ class DecodeBatch:
         for group in self._groups:
             group.is_waiting = False
         # The next tokens of a JSON schema depend on these, on the host.
-        if self._is_ahead and self and not any(group.has_constraints for group in active):
+        if self._is_ahead and self and not any(group.constraints is not None for group in active):
             self._decode()
             self._is_decoded = True
         is_corrected = [group.correct() for group in active]
@@ -242,7 +242,7 @@ class _PrefillGroup:
         self._uniforms = uniforms
         self._sampling = sampling
         self._stop_ids = frozenset(stop_ids)
-        self._constraints = constraints
+        self.constraints = constraints
         self.active = [True] * len(rows)  # on the host: reading it from the device would wait for the device
         self._sampled_active = self.active  # rows that were active before the last sampled tokens
 
@@ -253,11 +253,6 @@ class _PrefillGroup:
     def is_active(self) -> bool:
         """Whether any row has not ended."""
         return any(self.active)
-
-    @property
-    def has_constraints(self) -> bool:
-        """Whether tokens must continue answers of a JSON schema."""
-        return self._constraints is not None
 
     def cancel(self, rows: Collection[int]) -> None:
         """End rows by their numbers."""
@@ -273,8 +268,8 @@ class _PrefillGroup:
             tensor.index_select(0, rows.to(tensor.device, non_blocking=True))
             for tensor in (self.tokens, self.logits, self._uniforms, self._penalty.history)
         )
-        if self._constraints is not None:
-            self._constraints.evict(self.active)
+        if self.constraints is not None:
+            self.constraints.evict(self.active)
         self._rows = list(compress(self._rows, self.active))
         self.active = [True] * len(self._rows)
 
@@ -283,8 +278,8 @@ class _PrefillGroup:
         if self._num_sampled:
             self._penalty.append(self.tokens)
         logits = self._penalty(self.logits)
-        if self._constraints is not None:
-            logits = self._constraints.mask(logits, self.active)
+        if self.constraints is not None:
+            logits = self.constraints.mask(logits, self.active)
         self._draft = TokenDraft(logits, self._uniforms[:, self._num_sampled], sampling=self._sampling)
         if self._num_sorted_steps:
             self._num_sorted_steps -= 1
@@ -311,8 +306,8 @@ class _PrefillGroup:
         assert self._unread is not None
         sampled, is_active = self._unread.read(), self._sampled_active
         self._unread = self._draft = None
-        if self._constraints is not None:
-            self._constraints.advance([token.id for token in sampled], is_active)
+        if self.constraints is not None:
+            self.constraints.advance([token.id for token in sampled], is_active)
         returned = dict(compress(zip(self._rows, sampled, strict=True), is_active))
         self.cancel({row for row, token in returned.items() if token.id in self._stop_ids})
         return returned

@@ -74,14 +74,6 @@ class TokenDraft:
         return _sample_nucleus(probabilities, ids, self._uniforms, top_p=self._top_p)
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Tensor:
-    """Return the final tokens of a draft, with the same arguments."""
-    draft = TokenDraft(logits, uniforms, sampling=sampling)
-    if not draft.is_final:
-        draft.correct()
-    return draft.tokens
-
-
 def _sample_nucleus(probabilities: Tensor, ids: Tensor, uniforms: Tensor, *, top_p: float) -> Tensor:
     """Sample one token per row from the nucleus.
 

@@ -24,7 +24,7 @@ from salmonn.caption.server_messages import Part, audio_part, image_part
 from salmonn.caption.server_options import ServerInput, ServerOptions
 from salmonn.records import Modality
 from salmonn.score.budget import Budget
-from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError, ServedModel, SpendCapError
+from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError, SpendCapError
 from salmonn.score.llm_protocol import ChatRequest
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ def connect_captioner(
     """
     captioner = ServerCaptioner(options, reader=reader, budget=budget)
     models = captioner.client.list_models()
-    captioner.is_own = _is_own(models or [], options.server_model)
+    # A model that is served by `salmonn serve` may also be called salmonn.
+    captioner.is_own = any(one.owner == _OWN and options.server_model in (one.name, _OWN) for one in models or [])
     client = captioner.client
     # A server that cannot process a kind of clip may say so with status 500.
     client.internal_error_seconds = min(_MAX_INTERNAL_ERROR_SECONDS, options.retry_seconds)
@@ -82,11 +83,6 @@ def connect_captioner(
         ) from error
     client.internal_error_seconds = options.retry_seconds
     return captioner
-
-
-def _is_own(models: Sequence[ServedModel], name: str | None) -> bool:
-    """Return whether a model is served by `salmonn serve`, where it may also be called salmonn."""
-    return any(model.owner == _OWN and name in (model.name, _OWN) for model in models)
 
 
 def _choose_input(captioner: ServerCaptioner, modality: Modality, *, cuts_files: bool, token_limit: int) -> None:

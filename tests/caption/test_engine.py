@@ -236,11 +236,12 @@ def test_cancelled_requests_end_and_the_batch_continues(engine, model, videos):
 def test_cancelling_stops_reading(own_engine, videos, monkeypatch):
     """The only worker becomes available again."""
     request = CaptionRequest(videos[0], sampling=SHORT)
-    read_spec = own_engine._limit_duration
-    monkeypatch.setattr(own_engine, "_limit_duration", lambda read_spec: SlowReadSpec(**vars(read_spec)))
+    read_spec = own_engine.captioner.read_spec
+    slow = SlowReadSpec(**vars(read_spec(request)))
+    monkeypatch.setattr(own_engine.captioner, "read_spec", lambda request: slow)
     handle = own_engine.submit(request, on_event=EventRecorder())
     wait_until(lambda: [task for task in own_engine.reader._running.values() if task.worker])
-    monkeypatch.setattr(own_engine, "_limit_duration", read_spec)
+    monkeypatch.setattr(own_engine.captioner, "read_spec", read_spec)
     started = time.monotonic()
     handle.cancel()
     wait_until(lambda: not own_engine.num_active)

@@ -14,7 +14,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import DecodeBatch, SampledToken, compute_logprobs, to_sampled_tokens
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
 from salmonn.caption.limits import BatchLimits
-from salmonn.caption.nucleus import sample_tokens
+from salmonn.caption.nucleus import TokenDraft
 from salmonn.caption.processor import PromptRow
 from salmonn.model.kv_cache import KVCache
 from tests.completions import complete, generate
@@ -80,6 +80,14 @@ def test_same_seed_same_answers(captioner, media):
     answers = [token_ids(captioner, media[:1], sampling=SAMPLED, num_samples=4, seed=seed) for seed in (3, 3, 4)]
     assert answers[0] == answers[1] != answers[2]
     assert len({tuple(ids) for ids in answers[0]}) == 4  # samples of one clip differ
+
+
+def sample_tokens(logits, uniforms, *, sampling) -> torch.Tensor:
+    """Return the final tokens of a draft, with the same arguments."""
+    draft = TokenDraft(logits, uniforms, sampling=sampling)
+    if not draft.is_final:
+        draft.correct()
+    return draft.tokens
 
 
 def test_sampling_does_not_change_the_random_state(captioner, media):

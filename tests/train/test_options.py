@@ -243,7 +243,7 @@ def test_16_bit_weights_are_trained_in_32_bits(shallow_model, clips, tmp_path):
     losses = [step["loss"] for step in steps_of(tmp_path)]
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
     assert losses[-1] < 0.8 * losses[0]
-    captioner.reload(shallow_model, placement=Placement(dtype="bfloat16"))
+    captioner = Captioner.load(shallow_model, placement=Placement(dtype="bfloat16"))
     network = prepare(captioner.network)
     load_trained(network, checkpoint)
     merge_adapter(network)
