@@ -81,7 +81,13 @@ class LatestCaptions:
         return int(np.count_nonzero(self._counts))
 
     def __iter__(self) -> Iterator[Caption]:
-        for (path, values), counts in zip(self._lines(), self._counts, strict=True):
+        lines = (
+            (path, values)
+            for path, end in self._ends.items()
+            for group in GroupReader(path, file=self._files.get(path), end=end)
+            for values in group
+        )
+        for (path, values), counts in zip(lines, self._counts, strict=True):
             if counts:
                 try:
                     yield parse_record(values, Transcript if "speech" in values else Caption)
@@ -109,12 +115,6 @@ class LatestCaptions:
             else:
                 del missing_runs[key]
                 yield sorted(captions, key=lambda caption: caption.start_seconds or 0.0)
-
-    def _lines(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path, end in self._ends.items():
-            for group in GroupReader(path, file=self._files.get(path), end=end):
-                for values in group:
-                    yield path, values
 
 
 def _is_last(keys: np.ndarray) -> np.ndarray:

@@ -65,7 +65,9 @@ def fuse_captions(
     """
     stats = FusionStats()
     repair_last_line(out)
-    before = _sources(out)
+    # What each video's latest fused caption was made from, by the hash of its path.
+    latest = read_complete(out, Caption) if out.exists() else ()
+    before = {hash_key(one.video): one.fusion.source for one in latest if one.fusion is not None}
     has_outdated = False
     load = cache(load)
     for group in captions.by_video():
@@ -119,13 +121,6 @@ def _finish(fused: Caption, shape: CaptionShape | None) -> Caption:
     except ValueError as error:
         raise FusionError(str(error)) from error
     return replace(fused, text=shape.finish(fused.text, values))
-
-
-def _sources(out: Path) -> dict[bytes, str]:
-    """Return what each video's latest fused caption was made from, by the hash of its path."""
-    if not out.exists():
-        return {}
-    return {hash_key(one.video): one.fusion.source for one in read_complete(out, Caption) if one.fusion is not None}
 
 
 def _source(group: Sequence[Caption], settings: str) -> str:

@@ -20,7 +20,7 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.fetch import Fetcher
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
-from salmonn.batch.segment_log import SegmentLog
+from salmonn.batch.segment_logs import SegmentLog
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.batch.transcripts import NO_TRANSCRIPT, SpeechContext
 from salmonn.caption.generator import BatchCaptioner, CaptionRequest, Sampling

@@ -33,6 +33,9 @@ ISSUE_MEANINGS: dict[Issue, str] = {
     "empty": "the caption has no words",
 }
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# The web UI reads a file again whenever it has changed.
+_count_words = lru_cache(maxsize=1 << 16)(count_words)
+_count_repeated_words = lru_cache(maxsize=1 << 16)(count_repeated_words)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class ReviewRow:
             "unfinished": lambda one: not one.finished,
             "incomplete": lambda one: not one.complete,
             "warnings": lambda one: bool(one.warnings),
-            "repetitive": lambda one: _is_repetitive(one.text),
+            "repetitive": lambda one: _count_repeated_words(one.text)[0] > 0,
             "same text": lambda one: self.shares_text and not is_empty,
             "empty": lambda one: is_empty,
         }
@@ -108,16 +111,6 @@ def read_rows(paths: Sequence[Path]) -> list[ReviewRow]:
         videos_by_text.setdefault(caption.text.strip(), set()).add(caption.video)
     rows = [ReviewRow(caption, len(videos_by_text[caption.text.strip()]) > 1) for caption in captions]
     return rows + [ReviewRow(failure) for failure in failures]
-
-
-@lru_cache(maxsize=1 << 16)  # the web UI reads a file again whenever it has changed
-def _count_words(text: str) -> int:
-    return count_words(text)
-
-
-@lru_cache(maxsize=1 << 16)
-def _is_repetitive(text: str) -> bool:
-    return count_repeated_words(text)[0] > 0
 
 
 def _outstanding(paths: Sequence[Path], captions: Sequence[Caption]) -> Iterator[Failure]:

@@ -5,7 +5,7 @@ import io
 import math
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -19,20 +19,17 @@ from salmonn.media.frame_sampling import FrameSampler, UniformSampler
 PIXELS = 160 * 120  # area of a thumbnail, whatever its shape
 JPEG_QUALITY = 60
 _SPAN_SECONDS = 1.0  # read around the middle of a clip
-
-
-def _first_frame() -> FrameSampler:
-    return UniformSampler(
-        interval_seconds=math.inf, min_frames=1, max_frames=1, min_pixels=1, max_pixels=PIXELS, budget_fraction=0.0,
-        factor=2,
-    )  # fmt: skip
+_FIRST_FRAME = UniformSampler(
+    interval_seconds=math.inf, min_frames=1, max_frames=1, min_pixels=1, max_pixels=PIXELS, budget_fraction=0.0,
+    factor=2,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ThumbnailSpec(ReadSpec):
     """Reads the frame in the middle of a span: first frames are often black."""
 
-    sampler: FrameSampler = field(default_factory=_first_frame)
+    sampler: FrameSampler = _FIRST_FRAME
     audio: bool = False
 
     def read(self, path: Path | str) -> Clip:

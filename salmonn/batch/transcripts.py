@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile
-from salmonn.batch.ledger_files import HashSet, hash_key, parse_last_line
+from salmonn.batch.ledger_files import VERSION_FIELDS, HashSet, hash_key, parse_last_line
 from salmonn.files import parse_record
 from salmonn.records import Caption, Event, Reference
 from salmonn.score.quotations import find_quotations
@@ -76,7 +76,7 @@ class SpeechContext:
         transcript = self._files.get(video.path)
         if transcript is None:
             return None, f"{NO_TRANSCRIPT} of the video"
-        if _version(transcript) != _version(video):
+        if any(getattr(transcript, name) != getattr(video, name) for name in VERSION_FIELDS):
             return None, f"{NO_TRANSCRIPT} of the video as it is now: it has changed since it was transcribed"
         return transcript.speech, ""
 
@@ -238,7 +238,3 @@ def _merge(events: list[Event]) -> tuple[Event, ...]:
 def _seconds(time: str) -> float:
     *hours, minutes, seconds = time.replace(",", ".").split(":")
     return 3600 * float(hours[0] if hours else 0) + 60 * float(minutes) + float(seconds)
-
-
-def _version(one: VideoFile | Transcript) -> tuple[int | None, int | None, str | None]:
-    return one.size_bytes, one.modified_ns, one.etag

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from salmonn.batch.shot_log import ShotBounds
+from salmonn.batch.segment_logs import ShotBounds
 from salmonn.files import read_records, write_records
 from salmonn.records import Caption, Failure
 from tests.batch.ledger_records import EACH_ONCE, names

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from salmonn.batch.discovery import stat_video
 from salmonn.batch.job import CaptionJob, JobConfig, caption_videos
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.segment_log import SegmentLog
+from salmonn.batch.segment_logs import SegmentLog
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.segments import FixedSegments

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
 
 import gradio as gr
 import httpx
@@ -78,8 +79,7 @@ def test_a_page_measures_its_own_rows_alone(tmp_path, clips, reader, monkeypatch
         measured.append(text)
         return count_repeated_words(text)
 
-    monkeypatch.setattr(review, "count_repeated_words", count)
-    review._is_repetitive.cache_clear()
+    monkeypatch.setattr(review, "_count_repeated_words", lru_cache(count))
     rows = Dataset(
         EditableCaptions(write_dataset(tmp_path, clips)), FeedbackStore(tmp_path / "votes"), reader, clips.root
     ).find(show="to review", search="red circle")
