@@ -22,13 +22,12 @@ from salmonn.files import parse_record, read_json, read_records, write_json
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
-from salmonn.preference.clauses import mark_clauses
 from salmonn.preference.groups import make_groups
 from salmonn.preference.losses import Role, make_loss
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
-from salmonn.preference.selection import SelectionConfig
+from salmonn.preference.selection import SelectionConfig, mark_clauses
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Caption, Comparison
 from salmonn.train.checkpoint import checkpointed

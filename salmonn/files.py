@@ -196,3 +196,15 @@ def _guess_type(value: dict[str, Any]) -> str:
         if required <= set(value) <= names:
             return f". These are {plural}: is it the right file?"
     return ". This is a score file: is it the right one?" if "judge_info" in value else ""
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Hash the configs of a model or an adapter in a folder, and the names, sizes and times of its weights."""
+    state = blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", "adapter_config.json"):
+            state.update(path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin", ".pt"):
+            found = path.stat()
+            state.update(repr((path.name, found.st_size, found.st_mtime_ns)).encode())
+    return state.hexdigest()

@@ -3,7 +3,6 @@
 A split model stays in a cache folder, whose name depends on the files of the model and on the type of its weights.
 """
 
-import json
 import logging
 import shutil
 from hashlib import blake2b
@@ -18,10 +17,9 @@ from transformers.utils import cached_file
 from salmonn import system
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.vllm_prompt import ARCHITECTURE
-from salmonn.files import atomic_folder
+from salmonn.files import atomic_folder, fingerprint_folder, read_json, write_json
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import ADAPTER_CONFIG_NAME
-from salmonn.model.model_files import fingerprint_folder
 from salmonn.model.network import Network
 
 logger = logging.getLogger(__name__)
@@ -98,8 +96,10 @@ def write_language_model(captioner: Captioner, folder: Path) -> None:
     if isinstance(lm, Qwen2_5_VLForConditionalGeneration):
         lm = to_qwen2(lm)
     lm.save_pretrained(str(folder))
-    if uses_three_dimensions(lm):
-        name_plugin(folder / CONFIG_NAME)
+    if "mrope_section" in (lm.config.rope_parameters or {}):
+        # Name the plugin's class, so that no server takes the model for a Qwen2 with 1-D positions.
+        config = folder / CONFIG_NAME
+        write_json(config, read_json(config) | {"architectures": [ARCHITECTURE]})
     captioner.processor.save(folder)
 
 
@@ -115,17 +115,6 @@ def to_qwen2(lm: Qwen2_5_VLForConditionalGeneration) -> Qwen2ForCausalLM:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     plain.load_state_dict(weights, assign=True)
     return plain
-
-
-def uses_three_dimensions(lm: Qwen2ForCausalLM) -> bool:
-    """Return whether the positions are in time, height and width."""
-    return "mrope_section" in (lm.config.rope_parameters or {})
-
-
-def name_plugin(path: Path) -> None:
-    """Name the plugin's class in a config.json, so that no server takes the model for a Qwen2 with 1-D positions."""
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"architectures": [ARCHITECTURE]}, indent=2) + "\n")
 
 
 def drop_layers(network: Network) -> None:

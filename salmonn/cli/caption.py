@@ -18,7 +18,15 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn.caption.generator import SHIPPED_MODEL
-from salmonn.cli.caption_options import JOB_SETTINGS, STDOUT, check_options, column_setting, fetch_config, job_config
+from salmonn.cli.caption_options import (
+    JOB_SETTINGS,
+    STDOUT,
+    check_options,
+    column_setting,
+    fetch_config,
+    fingerprint_transcripts,
+    job_config,
+)
 from salmonn.cli.caption_outputs import remote_output, report_unwritten, write_folders
 from salmonn.cli.caption_server import (
     keep_server_input,
@@ -27,22 +35,19 @@ from salmonn.cli.caption_server import (
     require_one_process,
     server_settings,
 )
-from salmonn.cli.context_options import fingerprint_transcripts
 from salmonn.cli.fuse_options import run_fusion
 from salmonn.cli.options import SOME_FAILED, garbage_kept, load_batch_captioner, plural
 from salmonn.cli.vllm_options import load_vllm_captioner
-from salmonn.model.model_files import fingerprint_folder
+from salmonn.files import fingerprint_folder
 from salmonn.records import Caption
 
 if TYPE_CHECKING:
     from salmonn.batch.dataset import DatasetWriter
     from salmonn.batch.discovery import VideoListing
     from salmonn.batch.export import LatestCaptions
-    from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import CaptionJob, JobConfig, RunStats, VideoResult
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
-    from salmonn.batch.shot_log import ShotLog
     from salmonn.batch.subtitles import SubtitleFormat, SubtitleWriter
     from salmonn.caption.generator import BatchCaptioner
     from salmonn.caption.worker import WorkerLimits
@@ -252,7 +257,7 @@ def _run(
     from salmonn import dist
     from salmonn.batch.fetch import Fetcher
     from salmonn.batch.job import caption_videos, show_progress
-    from salmonn.batch.segment_log import SegmentLog
+    from salmonn.batch.segment_logs import SegmentLog, ShotLog
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
     retried = ledger.to_retry(listing) if values.retry_failed else None
@@ -276,7 +281,7 @@ def _run(
             fetcher = stack.enter_context(Fetcher(fetch_config(values)))
             # They start while the model loads.
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits, bucket_share=fetcher.bucket_share))
-            store = _shot_log(ledger, fetcher) if values.segments == "shots" else None
+            store = ShotLog(ledger, fetcher.video_of) if values.segments == "shots" else None
             log = SegmentLog(ledger) if values.segments else None
             videos = chain(first, pending)
             results = caption_videos(
@@ -305,12 +310,6 @@ def _counter(ledger: "Ledger", listing: "VideoListing", values: Namespace) -> "C
         return None
     listed = (one for one in listing.videos(quiet=True) if ledger.status(one) == "pending")
     return lambda: islice(listed, values.limit)
-
-
-def _shot_log(ledger: "Ledger", fetcher: "Fetcher") -> "ShotLog":
-    from salmonn.batch.shot_log import ShotLog
-
-    return ShotLog(ledger.files, is_done=lambda video: ledger.status(video) == "done", video_of=fetcher.video_of)
 
 
 def list_videos(values: Namespace) -> "VideoListing":

@@ -2,6 +2,7 @@
 
 import math
 import os
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,7 +14,6 @@ from salmonn.caption.presets import ExportFormat
 from salmonn.caption.segments import FixedSegments, SegmentRule, ShotDetectorName, ShotSegments
 from salmonn.cli.caption_outputs import out_path, resolve_out
 from salmonn.cli.caption_server import add_budget, add_server_options, server_options
-from salmonn.cli.context_options import CONTEXT_SETTINGS, add_context_options, speech_context
 from salmonn.cli.fuse_options import add_fuse_options, check_fuse_options
 from salmonn.cli.options import add_batch_size, add_model_options, add_subtitle_options
 from salmonn.cli.shape_options import SHAPE_SETTINGS, add_shape_options, resolve_shape
@@ -25,12 +25,13 @@ from salmonn.records import Modality
 if TYPE_CHECKING:
     from salmonn.batch.fetch import FetchConfig
     from salmonn.batch.job import JobConfig
+    from salmonn.batch.transcripts import SpeechContext
 
 # Settings that the captions depend on; a run with other ones does not resume it.
 JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segments", "min_shot", "shot_detector",
     "temperature", "top_p", "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
-    "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS, *CONTEXT_SETTINGS,
+    "dtype", "bits", "reader", "frames", *SHAPE_SETTINGS, "context", "transcripts",
 )  # fmt: skip
 STDOUT = "-"
 VIDEO_COLUMN = "video"  # of Parquet files
@@ -47,7 +48,7 @@ def caption_parser() -> FlagParser:
     )
     add_input_options(parser)
     _add_generation_options(parser)
-    add_context_options(parser)
+    _add_context_options(parser)
     add_shape_options(parser)
     add_fuse_options(parser)
     _add_output_options(parser)
@@ -105,6 +106,15 @@ def _add_segment_options(group: Any) -> None:
     group.add_argument("--min_shot", type=float | None, default=None, help=shortest)
     detectors = "with --segments shots, how cuts are found (default: pyscenedetect)"
     group.add_argument("--shot_detector", type=ShotDetectorName | None, default=None, help=detectors)
+
+
+def _add_context_options(parser: FlagParser) -> None:
+    """Add the context that the model gets in addition to the clip."""
+    group = parser.add_argument_group("Context")
+    contexts = "transcript: add the speech of the video, or of its part, to the prompt"
+    group.add_argument("--context", type=Literal["transcript"] | None, default=None, help=contexts)
+    files = "JSONL files of `salmonn transcribe` (default: film.json, film.vtt or film.srt next to film.mp4)"
+    group.add_argument("--transcripts", nargs="+", type=str, default=[], help=files)
 
 
 def _add_output_options(parser: FlagParser) -> None:
@@ -248,7 +258,7 @@ def job_config(values: Namespace) -> "JobConfig":
         segments=_segment_rule(values),
         batch_size=values.batch_size,
         shape=values.shape,
-        context=speech_context(values),
+        context=_speech_context(values),
     )
 
 
@@ -281,3 +291,34 @@ def _segment_rule(values: Namespace) -> SegmentRule | None:
         return FixedSegments(values.segments)
     # Subtitles need end times; an infinite segment is the whole video with its end.
     return FixedSegments(math.inf) if {"srt", "vtt"} & set(values.export) else None
+
+
+def _speech_context(values: Namespace) -> "SpeechContext | None":
+    """Return where the speech of videos is found, if it is to be added to the prompts."""
+    from salmonn.batch.subtitles import written_captions
+    from salmonn.batch.transcripts import SpeechContext, TranscriptFiles
+
+    if values.context is None:
+        if values.transcripts:
+            raise ValueError("--transcripts needs --context transcript")
+        return None
+    if values.transcripts:
+        return SpeechContext(TranscriptFiles([Path(path) for path in values.transcripts]))
+    if {"srt", "vtt"} & set(values.export) and values.subtitle_dir is None:
+        raise ValueError(
+            "--export srt or vtt would write captions next to the videos, where --context transcript takes subtitles "
+            "for speech; name --transcripts, or another folder with --subtitle-dir"
+        )
+    return SpeechContext(captions=written_captions(values.out.parent))
+
+
+def fingerprint_transcripts(values: Namespace) -> dict[str, str]:
+    """Identify how the transcripts were made by the settings next to them; more of the same kind may be added."""
+    from salmonn.batch.ledger_files import LedgerFiles
+
+    state = blake2b(digest_size=16)
+    jobs = {LedgerFiles.of(Path(path)).job for path in values.transcripts}
+    found = sorted(path for path in jobs if path.is_file())
+    for path in found:
+        state.update(path.read_bytes())
+    return {"transcripts_job": state.hexdigest()} if found else {}

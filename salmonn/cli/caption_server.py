@@ -54,7 +54,7 @@ def server_options(values: Namespace) -> ServerOptions:
         changed = [name for name, field in _OPTIONS.items() if values[name] != field.default]
         if wrong := [name for name in changed if name not in SPEND_CAPS]:
             raise ValueError(f"{_flag(wrong[0])} has no effect without --server")
-        if changed and not has_text_models(values):
+        if changed and values.refine_model is None and values.fuse_model is None:
             raise ValueError(f"{_flag(changed[0])} has no effect without --server, or the server of a text model")
         return options
     if wrong := [name for name, unset in _LOCAL_OPTIONS.items() if values[name] != unset]:
@@ -62,11 +62,6 @@ def server_options(values: Namespace) -> ServerOptions:
     if options.server_model is None:
         raise ValueError("--server needs the name of a model on it: pass --server-model")
     return options
-
-
-def has_text_models(values: Namespace) -> bool:
-    """Return whether a run sends texts to a server: to refine captions, to fuse them, or to judge that."""
-    return values.refine_model is not None or values.fuse_model is not None
 
 
 def add_budget(values: Namespace) -> None:

@@ -79,7 +79,8 @@ def run_demo(values: Namespace) -> int:
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
     groups = _read_groups(values.raters) if values.raters else []
-    scorer, captions, rewards = _open_scorer(values), _open_captions(values), _read_rewards(values)
+    scorer = _open_scorer(values)
+    captions, rewards = _open_captions(values)
     from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import WorkerLimits
     from salmonn.preference.feedback import FeedbackStore
@@ -118,19 +119,16 @@ def _read_groups(folder: Path) -> list["RaterGroup"]:
     return group_raters(prototypes, read_records(folder / RATERS_NAME, Rater)) if prototypes else []
 
 
-def _open_captions(values: Namespace) -> "EditableCaptions | None":
+def _open_captions(values: Namespace) -> tuple["EditableCaptions | None", dict[tuple[str, int], float]]:
+    """Return the captions to review, if there are any, and their rewards by video and sample."""
     from salmonn.batch.edits import EditableCaptions
-
-    if values.rewards and not values.dataset:
-        raise ValueError("--rewards are those of the captions of --dataset; give both")
-    return EditableCaptions(values.dataset) if values.dataset else None
-
-
-def _read_rewards(values: Namespace) -> dict[tuple[str, int], float]:
     from salmonn.files import read_records
     from salmonn.preference.rating import Rating, rewards_by_sample
 
-    return rewards_by_sample(read_records(values.rewards, Rating)) if values.rewards else {}
+    if values.rewards and not values.dataset:
+        raise ValueError("--rewards are those of the captions of --dataset; give both")
+    rewards = rewards_by_sample(read_records(values.rewards, Rating)) if values.rewards else {}
+    return (EditableCaptions(values.dataset) if values.dataset else None), rewards
 
 
 def _serve(

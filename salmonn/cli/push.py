@@ -104,7 +104,7 @@ def make_card(values: Namespace, *, is_adapter: bool) -> str:
     """Return the model card: metadata, how to caption with the model, its results, and how it was trained."""
     from huggingface_hub import ModelCardData
 
-    from salmonn.train.run_log import SUMMARY_NAME, RunSummary, format_figure
+    from salmonn.train.run_log import SUMMARY_NAME, RunSummary, format_figure, stage_name
 
     model = values.model.resolve()
     run = (values.run or model.parent.parent).resolve()
@@ -133,17 +133,10 @@ def make_card(values: Namespace, *, is_adapter: bool) -> str:
         is_own_layout=not is_adapter and values.layout == "own",
         columns=columns,
         stages=[(stage, [format_figure(name, one[name]) for name in columns]) for stage, one in stages.items()],
-        own_stage=_stage_of(model, run),
+        own_stage=stage_name(model.relative_to(run).parts[0]) if run in model.parents else None,  # marked in the table
         recipe=config and config.stem,
         settings=config and _read_settings(config),
     )
-
-
-def _stage_of(model: Path, run: Path) -> str | None:
-    """Return the stage of the run whose model this is, so that its row of the table can be marked."""
-    from salmonn.train.run_log import stage_name
-
-    return stage_name(model.relative_to(run).parts[0]) if run in model.parents else None
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

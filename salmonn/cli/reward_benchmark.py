@@ -95,7 +95,7 @@ def rate_by_model(
     from salmonn.model.loading import Placement
     from salmonn.preference.benchmark import choose_other_clips, rate_items, summarize
     from salmonn.preference.reward_model import ModelReward, RewardModel
-    from salmonn.train.benchmark_clips import encode_benchmark_clips
+    from salmonn.train.encoding import encode_benchmark_clips
     from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 
     others = choose_other_clips(items)

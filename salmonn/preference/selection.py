@@ -1,4 +1,4 @@
-"""Selection of preference pairs from the rated captions of a clip. Imports no torch.
+"""Selection of preference pairs from the rated captions of a clip, and marks on their clauses. Imports no torch.
 
 To add a selector, write a class with the methods of `Selector`, and name it in `SelectionConfig.kind` and
 `make_selector`. A choice among the pairs of all clips is a subset instead (salmonn/preference/subset.py).
@@ -6,12 +6,13 @@ To add a selector, write a class with the methods of `Selector`, and name it in 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, assert_never
 
 from salmonn.preference.objectives import DIALOGUE, OBJECTIVES, objectives_of
 from salmonn.preference.rating import Rating
-from salmonn.records import Caption, Comparison, Reference
+from salmonn.records import Caption, Comparison, Mark, Reference, Score
+from salmonn.score.highlight import locate_quotes
 from salmonn.score.judge import restrict_to_caption
 
 # Margins are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.
@@ -312,3 +313,47 @@ def summarize_pairs(pairs: Sequence[Comparison]) -> PairSummary:
         mean_words_chosen=sum(len(pair.chosen.split()) for pair in pairs) / count,
         mean_words_rejected=sum(len(pair.rejected.split()) for pair in pairs) / count,
     )
+
+
+def mark_clauses(
+    pairs: Sequence[Comparison], captions: Sequence[Caption], ratings: Sequence[Rating]
+) -> list[Comparison]:
+    """Mark the clauses of both captions of pairs as right or wrong, by the judge's scores.
+
+    Captions without a score, or that are not among the rated ones, get no marks.
+
+    Raises:
+        ValueError: no clause can be marked.
+    """
+    text_of = {(caption.video, caption.sample): caption.text for caption in captions}
+    score_of = {
+        (rating.video, text_of[rating.video, rating.sample]): rating.score
+        for rating in ratings
+        if rating.score and (rating.video, rating.sample) in text_of
+    }
+    marked = [
+        replace(
+            pair,
+            chosen_marks=_find_marks(pair.video, pair.chosen, score_of),
+            rejected_marks=_find_marks(pair.video, pair.rejected, score_of),
+        )
+        for pair in pairs
+    ]
+    if pairs and not any(pair.chosen_marks or pair.rejected_marks for pair in marked):
+        raise ValueError(
+            "loss.per clause needs quotes, and the judge quotes none of the captions; set loss.per caption"
+        )
+    return marked
+
+
+def _find_marks(video: str, text: str, score_of: Mapping[tuple[str, str], Score]) -> tuple[Mark, ...]:
+    """Mark correct mentions of events as right, and incorrect, hallucinated or repeated content as wrong.
+
+    If quotes share a place, the first one counts: a clause that mentions two events is right if the first mention is.
+    """
+    score = score_of.get((video, text))
+    marks: dict[tuple[int, int], Mark] = {}
+    for quote in locate_quotes(text, score) if score else ():
+        if quote.span:
+            marks.setdefault(quote.span, Mark(*quote.span, is_right=quote.kind == "correct"))
+    return tuple(marks.values())

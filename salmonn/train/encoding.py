@@ -1,4 +1,4 @@
-"""Encoding of training clips with the frozen encoders: files are read ahead by workers, each clip is encoded alone.
+"""Encoding of clips with the frozen encoders: files are read ahead by workers, each clip is encoded alone.
 
 Clips are balanced over the ranks by the duration that their files declare, since reading takes most of the time.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -20,6 +21,10 @@ from salmonn.caption.worker import WorkerLimits
 from salmonn.media.container import ClipError, declared_shape
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.transfer import CopyStream
+from salmonn.preference.benchmark_items import BenchmarkItem, SyntheticClip, clip_name
+from salmonn.records import Caption
+from salmonn.synthetic.render import make_clips
+from salmonn.synthetic.scene import SynthConfig
 from salmonn.train.data import ClipSet, ClipSource, require_streams
 from salmonn.train.dry_run import count_clip_tokens
 from salmonn.train.feature_cache import FeatureCache
@@ -216,3 +221,43 @@ def _encode_each(
             yield before()
     if started:
         yield started()
+
+
+def encode_benchmark_clips(
+    captioner: Captioner, items: Sequence[BenchmarkItem], *, clips_dir: Path, cache: FeatureCache | None
+) -> Callable[[Caption], ClipFeatures]:
+    """Encode the clips of items; return a function from the captions of `rate_items` to the features of their clips.
+
+    Each clip is also encoded with picture and sound, which the blind reward is shown.
+
+    Args:
+        captioner: model with the encoders.
+        items: items that all have a clip.
+        clips_dir: folder for the rendered clips, which are kept.
+        cache: feature cache, or none.
+
+    Raises:
+        ClipError: a clip cannot be read.
+    """
+    paths = _render_clips(items, clips_dir=clips_dir)
+    sources = {}
+    for item in items:
+        for use in (item.use, "both"):
+            sources[clip_name(item), use] = ClipSource(paths[clip_name(item)], use)
+    features = encode_clips(captioner, list(sources.values()), name="clips", cache=cache)
+    return lambda caption: features[sources[caption.video, caption.modality or "both"]]
+
+
+def _render_clips(items: Sequence[BenchmarkItem], *, clips_dir: Path) -> dict[str, Path]:
+    """Return the files of all clips by their names, after rendering the synthetic ones that are missing."""
+    paths, by_seed = {}, dict[int, dict[int, str]]()
+    for item in items:
+        if isinstance(item.clip, SyntheticClip):
+            by_seed.setdefault(item.clip.seed, {})[item.clip.index] = clip_name(item)
+        elif item.clip:
+            paths[clip_name(item)] = item.clip
+    for seed, names in by_seed.items():
+        folder = clips_dir / f"seed_{seed}"
+        references = make_clips(folder, SynthConfig(clips=max(names) + 1, seed=seed), indices=list(names))
+        paths |= {name: folder / one.video for name, one in zip(names.values(), references, strict=True)}
+    return paths

@@ -2,8 +2,8 @@
 
 import pytest
 
-from salmonn.preference.clauses import mark_clauses
 from salmonn.preference.rating import Rating
+from salmonn.preference.selection import mark_clauses
 from salmonn.records import Caption, Comparison, Event, Mark, Reference
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge

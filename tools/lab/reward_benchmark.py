@@ -36,9 +36,8 @@ from salmonn.preference.reward_model import answer_states
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
-from salmonn.train.benchmark_clips import encode_benchmark_clips
 from salmonn.train.data import ClipSet, heldout_config, render_clips
-from salmonn.train.encoding import cache_features
+from salmonn.train.encoding import cache_features, encode_benchmark_clips
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.rounds import rate_captions
 from salmonn.train.sampling import SampleConfig, sample_captions
