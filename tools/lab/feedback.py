@@ -10,8 +10,9 @@ that of Total? Then 200 clips are described without a draft, and with drafts of 
 
 import json
 import random
+import re
 from argparse import ArgumentParser
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,13 +21,26 @@ from salmonn.files import write_json
 from salmonn.preference.feedback import Candidate, Choice, Feedback
 from salmonn.preference.feedback_report import measure_agreement, share_kept
 from salmonn.preference.ratings import Estimate, fit_ratings
-from salmonn.records import Caption, Reference, Score
+from salmonn.records import Caption, Event, Reference, Score
+from salmonn.score.highlight import Quote, locate_quotes
 from salmonn.score.judge import ScoringTask
+from salmonn.score.repetition import remove_clauses
+from salmonn.score.text_spans import CharSpan, find_quote
+from salmonn.synthetic.annotate import OMISSION_RATES
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.synthetic.raters import VOTERS, CaptionTraits, Rater, VoterKind, caption_traits, make_voter
+from salmonn.synthetic.parser import parse_claims
+from salmonn.synthetic.raters import (
+    VOTERS,
+    CaptionTraits,
+    Noise,
+    Rater,
+    SimulatedRater,
+    VoterKind,
+    caption_traits,
+    make_voter,
+)
 from salmonn.synthetic.render import sample_clip
 from salmonn.synthetic.scene import SynthConfig
-from salmonn.synthetic.writers import write_caption
 
 # Quality -> rates of leaving an event out and of adding a wrong one.
 QUALITIES: Mapping[str, tuple[float, float]] = {
@@ -35,6 +49,11 @@ QUALITIES: Mapping[str, tuple[float, float]] = {
 NUM_CLIPS, NUM_PEOPLE, NUM_VOTES = 200, 8, 50
 NUM_RESAMPLES = 200
 NO_DRAFT = "no draft"
+WRITE_SECONDS, READ_SECONDS, STRIKE_SECONDS = 6.0, 1.5, 3.0  # for a clause
+STRIKE_RATE = 0.7  # of noticing a wrong clause while writing
+_SENTENCE = re.compile(r"[^.]+\.?")
+_ACCEPTS = SimulatedRater("", {"metric": 1.0}, Noise(0.1))
+_ACCEPTED_LOSS = 0.35  # perceived loss of a draft that is accepted as it is half of the time
 
 
 @dataclass(frozen=True)
@@ -180,6 +199,93 @@ def measure_writing(clips: Clips, *, seed: int, max_seconds: float) -> dict[str,
             "final Total": fmean(totals), "seconds": fmean(seconds), "accepted": fmean(accepted), "kept": fmean(kept),
         }  # fmt: skip
     return results
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """What a writer made of a draft, or without one.
+
+    Args:
+        text: the text.
+        seconds: time that it took.
+        accepted: whether the draft was accepted as it is.
+    """
+
+    text: str
+    seconds: float
+    accepted: bool = False
+
+
+def write_caption(
+    reference: Reference,
+    draft: tuple[Caption, Score] | None,
+    rng: random.Random,
+    *,
+    max_seconds: float = 60.0,
+) -> WrittenText:
+    """Describe a clip as a person with limited attention and time would.
+
+    They notice each event with the rates of hasty annotators (`OMISSION_RATES`), and each wrong clause of a draft with
+    0.7. A draft that seems good enough is accepted. Else they strike wrong clauses, and add what they have noticed and
+    the draft lacks, until the time is over.
+
+    Args:
+        reference: the clip.
+        draft: draft and its score against the reference; None to write without one.
+        rng: random numbers.
+        max_seconds: time limit; an action that has been started is completed.
+    """
+    noticed = [event for event in reference.events if rng.random() >= OMISSION_RATES[parse_claims(event.text)[0].kind]]
+    if draft is None:
+        return _add_events([], noticed, seconds=0.0, max_seconds=max_seconds)
+    caption, score = draft
+    quotes = [quote for quote in locate_quotes(caption.text, score) if quote.kind != "repeated"]
+    seconds = READ_SECONDS * len(quotes)
+    wrong = [quote for quote in quotes if quote.kind != "correct" and rng.random() < STRIKE_RATE]
+    told = [quote.event for quote in quotes if quote.event and quote not in wrong]
+    lacking = [event for event in noticed if event not in told]
+    perceived = (len(lacking) + len(wrong)) / max(len(noticed), 1)
+    if rng.random() < _ACCEPTS.prefers(_with_loss(perceived), _with_loss(_ACCEPTED_LOSS)):
+        return WrittenText(caption.text, seconds, accepted=True)
+    struck: list[CharSpan] = []
+    for quote in wrong:
+        if quote.span and seconds < max_seconds:
+            struck.append(quote.span)
+            seconds += STRIKE_SECONDS
+    text = remove_clauses(caption.text, struck)
+    sentences = [
+        (_start_of(sentence, quotes), sentence) for sentence in map(str.strip, _SENTENCE.findall(text)) if sentence
+    ]
+    return _add_events(sentences, lacking, seconds=seconds, max_seconds=max_seconds)
+
+
+def _start_of(sentence: str, quotes: Sequence[Quote]) -> float | None:
+    """Return when the first event that a sentence mentions starts; None if it mentions none with a time."""
+    starts = [
+        quote.event.start_seconds
+        for quote in quotes
+        if quote.event and quote.event.start_seconds is not None and find_quote(quote.text, sentence)
+    ]
+    return min(starts) if starts else None
+
+
+def _with_loss(loss: float) -> CaptionTraits:
+    return CaptionTraits(seen=0, heard=0, errors=0, repetition=0, length=0, total=loss)
+
+
+def _add_events(
+    sentences: list[tuple[float | None, str]], events: Sequence[Event], *, seconds: float, max_seconds: float
+) -> WrittenText:
+    """Insert a sentence for each event before the first one about a later event, while there is time."""
+    for event in events:
+        if seconds >= max_seconds:
+            break
+        begin = event.start_seconds or 0.0
+        later = (place for place, (start, _) in enumerate(sentences) if start is not None and start > begin)
+        place = next(later, len(sentences))
+        sentences.insert(place, (event.start_seconds, f"{event.text[:1].upper()}{event.text[1:]}."))
+        seconds += WRITE_SECONDS
+    return WrittenText(" ".join(sentence for _, sentence in sentences), seconds)
 
 
 if __name__ == "__main__":
