@@ -217,7 +217,9 @@ class Network(PreTrainedModel):
         """Pool the hidden states of each row's answer. They are found by their places, not by looking for padding."""
         backend = PackedAttention(packed)
         if pooling in ("rich", "tokens"):
-            layers = self._run_packed_layers(inputs, packed, backend)
+            # The embeddings and the output of each layer, (T, D) each; the last is normed.
+            output = self._decode(*self._embed_packed(inputs, packed), backend, output_hidden_states=True)
+            layers = [layer[0] for layer in output.hidden_states]
         else:
             layers = [self._run_packed(inputs, packed, backend)]
         hidden = layers[-1]
@@ -306,11 +308,6 @@ class Network(PreTrainedModel):
     def _run_packed(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> Tensor:
         """Return the hidden states of a packed sequence, (T, D)."""
         return self._run_decoder(*self._embed_packed(inputs, packed), backend)[0]
-
-    def _run_packed_layers(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> list[Tensor]:
-        """Return the embeddings of a packed sequence and the output of each layer, (T, D) each; the last is normed."""
-        output = self._decode(*self._embed_packed(inputs, packed), backend, output_hidden_states=True)
-        return [layer[0] for layer in output.hidden_states]
 
     def _embed_packed(self, inputs: ModelInputs, packed: PackedBatch) -> tuple[Embedded, Tensor]:
         """Return the embedded tokens (1, T) and the positions (3, 1, T) of a packed sequence."""

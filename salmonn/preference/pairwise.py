@@ -48,15 +48,6 @@ class PairwiseResults:
     orders: list[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """A pair of answers in one order."""
-
-    prompt: str
-    first: str
-    second: str
-
-
 def compare_items(
     items: Sequence[BenchmarkItem],
     client: LLMClient,
@@ -77,12 +68,11 @@ def compare_items(
     Raises:
         LLMStoppedError: no further request is possible.
     """
-    comparisons: list[_Comparison] = []
+    comparisons: list[tuple[str, str, str]] = []  # prompt, first and second answer
     for item in items:
         if len(item.chosen) == 1:
             for wrong in item.rejected:
-                comparisons.append(_Comparison(item.prompt, item.chosen[0], wrong))
-                comparisons.append(_Comparison(item.prompt, wrong, item.chosen[0]))
+                comparisons += [(item.prompt, item.chosen[0], wrong), (item.prompt, wrong, item.chosen[0])]
     total = max(len(comparisons), 1)
     done = 0
 
@@ -92,7 +82,7 @@ def compare_items(
         if progress:
             progress(len(items) * done // total - len(items) * (done - 1) // total)
 
-    shares = iter(client.map_concurrent(lambda one: _ask(one, client, attempts), comparisons, progress=report))
+    shares = iter(client.map_concurrent(lambda one: _ask(*one, client, attempts), comparisons, progress=report))
     outcomes, orders = [], []
     for item in items:
         if len(item.chosen) > 1:
@@ -114,9 +104,9 @@ def compare_items(
     return PairwiseResults(outcomes, orders)
 
 
-def _ask(comparison: _Comparison, client: LLMClient, attempts: int) -> float | str:
+def _ask(prompt: str, first: str, second: str, client: LLMClient, attempts: int) -> float | str:
     """Return the share of the verdict for the first answer, or why there is none."""
-    data = {"request": comparison.prompt, "answer_1": comparison.first, "answer_2": comparison.second}
+    data = {"request": prompt, "answer_1": first, "answer_2": second}
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": encode_data(data)}]
     attempt = Attempt(messages, _SCHEMA, _parse)
     try:

@@ -117,14 +117,7 @@ def bootstrap_ratios(
     return _percentile_intervals(_divide(*np.hsplit(sums, 2)), confidence=confidence)
 
 
-def compare_sets(
-    first: Sequence[Score],
-    second: Sequence[Score],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> SetComparison:
+def compare_sets(first: Sequence[Score], second: Sequence[Score]) -> SetComparison:
     """Compare two sets of captions clip by clip; each resample has the same clips of both, so hard clips cancel out.
 
     Captions are matched by video, sample and part of the video. Dialogue is compared if both sets have spoken words.
@@ -152,8 +145,8 @@ def compare_sets(
         *_sum_by_video([one for one, _ in pairs], videos, measures),
         *_sum_by_video([other for _, other in pairs], videos, measures),
     ]
-    resampled = np.hsplit(_resample(np.hstack(sums), resamples=resamples, seed=seed), 4)
-    intervals = _percentile_intervals(_divide(*resampled[2:]) - _divide(*resampled[:2]), confidence=confidence)
+    resampled = np.hsplit(_resample(np.hstack(sums)), 4)
+    intervals = _percentile_intervals(_divide(*resampled[2:]) - _divide(*resampled[:2]))
     first_values, second_values = (_divide(top.sum(0), bottom.sum(0)) for top, bottom in (sums[:2], sums[2:]))
     change = np.sign(_divide(*sums[2:]) - _divide(*sums[:2]))  # (C, K)
     differences = {
@@ -214,7 +207,7 @@ def _divide(numerators: Counts, denominators: Counts) -> Counts:
     return numerators / np.maximum(denominators, 1)
 
 
-def _resample(counts: Counts, *, resamples: int, seed: int) -> Counts:
+def _resample(counts: Counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Counts:
     """Return the sums (R, K) over R resamples of the clips in counts (C, K).
 
     `scipy.stats.bootstrap` gathers R * C * K values; counting how often each clip is sampled and multiplying by the
@@ -233,7 +226,7 @@ def _resample(counts: Counts, *, resamples: int, seed: int) -> Counts:
     return np.vstack(sums)
 
 
-def _percentile_intervals(values: Counts, *, confidence: float) -> list[Interval]:
+def _percentile_intervals(values: Counts, *, confidence: float = 0.95) -> list[Interval]:
     """Return the middle `confidence` of each column of values (R, K)."""
     ends = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return [Interval(float(low), float(high)) for low, high in ends.T]

@@ -93,8 +93,8 @@ class RewardRounds:
         """
         folder = self.folder(number)
         audit = self._audit(number, captions) if number > 1 or self.config.model else None
-        labelled = self._label(number, captions) if self._is_trained_in(number) else []
-        if self._is_trained_in(number) and is_missing(folder / REWARD_DIR / INFO_NAME):
+        labelled = self._label(number, captions) if self._num_labelled(number) else []
+        if self._num_labelled(number) and is_missing(folder / REWARD_DIR / INFO_NAME):
             self._train(number)
         model = self._model_folder(number)
         ratings = self._rate_by(model, captions, folder)
@@ -107,13 +107,15 @@ class RewardRounds:
         """Return the folder of a round."""
         return self.out / f"round_{number}"
 
-    def _is_trained_in(self, number: int) -> bool:
-        """Return whether a round labels clips and trains a reward model."""
-        return self.config.model is None if number == 1 else self.config.refresh_clips > 0
+    def _num_labelled(self, number: int) -> int:
+        """Return how many clips the judge labels in a round; a round with any trains a reward model."""
+        if number > 1:
+            return self.config.refresh_clips
+        return self.config.seed_clips if self.config.model is None else 0
 
     def _model_folder(self, number: int) -> Path:
         """Return the folder of the reward model that rates a round's captions: the last one that was trained."""
-        trained = [one for one in range(1, number + 1) if self._is_trained_in(one)]
+        trained = [one for one in range(1, number + 1) if self._num_labelled(one)]
         if trained:
             return self.folder(trained[-1]) / REWARD_DIR
         assert self.config.model is not None, "the first round trains a model unless one is given"
@@ -125,11 +127,6 @@ class RewardRounds:
         random.Random(f"{self.seed}-labels").shuffle(usable)
         counts = [self._num_labelled(one) for one in range(1, number + 1)]
         return usable[sum(counts[:-1]) : sum(counts)]
-
-    def _num_labelled(self, number: int) -> int:
-        if not self._is_trained_in(number):
-            return 0
-        return self.config.seed_clips if number == 1 else self.config.refresh_clips
 
     def _label(self, number: int, captions: Sequence[Caption]) -> list[Rating]:
         """Let the judge rate all captions of the clips that are labelled in a round."""
@@ -258,7 +255,7 @@ class RewardRounds:
         if audited is None:
             return
         log.info("%s: on new captions, the previous reward model %s", name, describe_agreement(audited, of="judged"))
-        if audited.accuracy < self.config.min_agreement and not self._is_trained_in(number):
+        if audited.accuracy < self.config.min_agreement and not self._num_labelled(number):
             log.warning(
                 "%s: the reward model agrees with %.0f %% of the judge's comparisons of new captions, below "
                 "reward.min_agreement %.2f; let the judge label further clips (reward.refresh_clips)",
