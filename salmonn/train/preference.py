@@ -8,7 +8,6 @@ a comparison, or for GRPO a clip with all its samples, which have the role "samp
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +25,9 @@ from salmonn.train.data import ClipSet, ClipSource, ModelBatch, SftBatch, SftBat
 Logps = Mapping[Role, float | list[list[float]]]
 
 
-class Example(Protocol):
-    """Answers about a clip, by role; examples about the same clip hold the same features object."""
-
-    @property
-    def features(self) -> ClipFeatures: ...
-
-    @property
-    def video(self) -> str: ...
-
-    @property
-    def prompt(self) -> str: ...
-
-    @property
-    def history(self) -> tuple[tuple[str, str], ...]: ...
-
-    def answers(self, role: Role) -> Sequence[tuple[str, bool]]:
-        """Return each answer of a role, and whether it has an end and was not cut off at the token limit."""
-        ...
-
-
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A comparison with the features of its clip, an `Example` with one answer for each role.
+    """A comparison with the features of its clip: one answer for each role.
 
     Args:
         comparison: the comparison.
@@ -76,7 +55,7 @@ class PreferenceExample:
         return self.comparison.history
 
     def answers(self, role: Role) -> list[tuple[str, bool]]:
-        """Return the only answer of a role, and whether it is finished."""
+        """Return the only answer of a role, and whether it has an end and was not cut off at the token limit."""
         one, name = self.comparison, str(role)
         if role == "ground_truth":
             return [(one.ground_truth, bool(one.ground_truth))]  # without one, there must be no end to learn either
@@ -88,7 +67,7 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class GroupExample:
-    """All samples of a clip with their advantages, an `Example` with the roles "sample" and "ground_truth"."""
+    """All samples of a clip with their advantages: the roles "sample" and "ground_truth"."""
 
     group: CaptionGroup
     features: ClipFeatures
@@ -109,6 +88,10 @@ class GroupExample:
         if role == "ground_truth":
             return [(self.group.ground_truth, True)]
         return [(caption.text, caption.finished) for caption in self.group.captions]
+
+
+# Answers about a clip, by role. Examples about the same clip hold the same features object.
+Example = PreferenceExample | GroupExample
 
 
 def make_preference_examples(
