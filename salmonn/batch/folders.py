@@ -55,7 +55,10 @@ def export_folder(captions: LatestCaptions, out: Path, *, fetch: FetchConfig | N
         raise ValueError(f"{out}: unknown format; choose a name that ends in {', '.join(FOLDERS)}")
     if out.exists() and (not out.is_dir() or not all(_OURS.fullmatch(path.name) for path in out.iterdir())):
         raise ValueError(f"{out} exists and has files that this command does not write; choose another name")
-    state = _hash_captions(captions)
+    digest = blake2b(digest_size=16)
+    for caption in captions:
+        digest.update(json.dumps(asdict(caption)).encode())
+    state = digest.hexdigest()
     if (out / _STATE).exists() and (out / _STATE).read_text() == state:
         return []
     temporary = temporary_path(out)
@@ -74,13 +77,6 @@ def export_folder(captions: LatestCaptions, out: Path, *, fetch: FetchConfig | N
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return failures
-
-
-def _hash_captions(captions: LatestCaptions) -> str:
-    state = blake2b(digest_size=16)
-    for caption in captions:
-        state.update(json.dumps(asdict(caption)).encode())
-    return state.hexdigest()
 
 
 def _write_datasets(captions: LatestCaptions, folder: Path, fetcher: Fetcher) -> list[Failure]:

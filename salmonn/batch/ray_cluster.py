@@ -131,12 +131,8 @@ def _caption_round(
             max_task_retries=MAX_RESTARTS,
         )
     for row in results.iter_rows():
-        yield _parse_result(row["row"])
-
-
-def _parse_result(row: str) -> VideoResult:
-    values = json.loads(row)
-    results: list[Caption | Failure] = [
-        parse_record(one, Failure) if "reason" in one else parse_record(one, Caption) for one in values["results"]
-    ]
-    return VideoResult(values["index"], VideoFile(**values["video"]), tuple(results))
+        values = json.loads(row["row"])
+        parts: list[Caption | Failure] = [
+            parse_record(one, Failure) if "reason" in one else parse_record(one, Caption) for one in values["results"]
+        ]
+        yield VideoResult(values["index"], VideoFile(**values["video"]), tuple(parts))

@@ -83,7 +83,12 @@ def _add_generation_options(parser: FlagParser) -> None:
     group.add_argument("--modality", type=Modality | None, default=None, help=f"{modalities} (default: both)")
     group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")
     group.add_argument("--end", type=float | None, default=None, help="end of the part to caption, in seconds")
-    _add_segment_options(group)
+    segments = "caption parts of each video separately: every N seconds, or its shots"
+    group.add_argument("--segments", type=float | Literal["shots"] | None, default=None, help=segments)
+    shortest = "with --segments shots, merge shots shorter than this many seconds with the next one (default: 1)"
+    group.add_argument("--min_shot", type=float | None, default=None, help=shortest)
+    detectors = "with --segments shots, how cuts are found (default: pyscenedetect)"
+    group.add_argument("--shot_detector", type=ShotDetectorName | None, default=None, help=detectors)
     forms = "events: scene, events with times, speech with speakers, text, camera and sound, as JSON (default: text)"
     group.add_argument("--format", type=Literal["text", "events"] | None, default=None, help=forms)
     group.add_argument(
@@ -97,15 +102,6 @@ def _add_generation_options(parser: FlagParser) -> None:
     logprobs = "record the log-probability of each caption (logprob, and num_tokens to divide it by)"
     group.add_argument("--logprobs", action="store_true", help=logprobs)
     group.add_argument("--stop", nargs="+", type=str, default=[], help=stops)
-
-
-def _add_segment_options(group: Any) -> None:
-    segments = "caption parts of each video separately: every N seconds, or its shots"
-    group.add_argument("--segments", type=float | Literal["shots"] | None, default=None, help=segments)
-    shortest = "with --segments shots, merge shots shorter than this many seconds with the next one (default: 1)"
-    group.add_argument("--min_shot", type=float | None, default=None, help=shortest)
-    detectors = "with --segments shots, how cuts are found (default: pyscenedetect)"
-    group.add_argument("--shot_detector", type=ShotDetectorName | None, default=None, help=detectors)
 
 
 def _add_context_options(parser: FlagParser) -> None:
