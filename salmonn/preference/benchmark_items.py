@@ -138,7 +138,10 @@ def parse_item(value: Any, *, path: Path, number: int) -> BenchmarkItem:
     if not all(answer.strip() for answer in row.chosen + row.rejected):
         raise ValueError("an answer is empty")
     is_rag = "reject" in value
-    subset = path.stem if is_rag else _optional_text(value, "subset") or path.stem
+    subset = "" if is_rag else value.get("subset") or ""
+    if not isinstance(subset, str):
+        raise ValueError(f"subset must be a text, got {subset!r:.80}")
+    subset = subset or path.stem
     scenario = RAG_SCENARIOS.get(subset, subset) if is_rag else _SCENARIO_OF.get(subset, subset)
     use = value.get("use", "both")
     if use not in get_args(Modality):
@@ -155,13 +158,6 @@ def parse_item(value: Any, *, path: Path, number: int) -> BenchmarkItem:
         use=use,
         events=_parse_events(value, clip, use=use),
     )
-
-
-def _optional_text(value: Mapping[str, Any], name: str) -> str:
-    text = value.get(name) or ""
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a text, got {text!r:.80}")
-    return text
 
 
 def _parse_synthetic_clip(value: Mapping[str, Any]) -> SyntheticClip | None:

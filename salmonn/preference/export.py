@@ -121,7 +121,13 @@ def _unpaired_rows(feedback: Sequence[Feedback], *, root: Path) -> Rows:
         if reason:
             left_out[reason] += 1
         else:
-            rows.append(_unpaired_row(one, root=root))
+            row: dict[str, Any] = {
+                "prompt": _messages(("user", one.prompt)),
+                "completion": _messages(("assistant", one.chosen or one.rejected)),
+                "label": bool(one.chosen),
+                "videos": [str((root / one.video).resolve())],
+            }
+            rows.append(row)
     return rows, left_out
 
 
@@ -165,15 +171,6 @@ def _trl_row(comparison: Comparison, *, root: Path, with_margin: bool) -> dict[s
             f"a comparison about {comparison.video} has no margin, since its source says only which answer is better"
         )
     return row | {"margin": comparison.margin}
-
-
-def _unpaired_row(comparison: Comparison, *, root: Path) -> dict[str, Any]:
-    return {
-        "prompt": _messages(("user", comparison.prompt)),
-        "completion": _messages(("assistant", comparison.chosen or comparison.rejected)),
-        "label": bool(comparison.chosen),
-        "videos": [str((root / comparison.video).resolve())],
-    }
 
 
 def _arena_row(vote: Feedback) -> dict[str, Any]:

@@ -131,16 +131,11 @@ def _continue_caption(
     is_last = place == ends[-1]
     said = {clause.is_audible: clause for clause in clauses if clause.end <= place}  # the last of each kind
     clause = choice.choice(others if foreign else list(said.values()))
-    lead = _find_lead(text, choice.choice(ends[:-1] or [place]) if is_last else place)
+    before = choice.choice(ends[:-1] or [place]) if is_last else place
+    lead = text[before : next((start for start, _ in find_clauses(text) if start >= before), before)].strip()
     chosen = text if is_last else text[: ends[ends.index(place) + 1]]
     rejected = f"{text[:place]} {_to_sentence(clause.text, lead)}"
     return replace(caption, text=chosen, finished=is_last), replace(caption, text=rejected, finished=False)
-
-
-def _find_lead(text: str, place: int) -> str:
-    """Return the words that introduce the sentence after a place, such as "After that,"; "" if there are none."""
-    start = next((start for start, _ in find_clauses(text) if start >= place), place)
-    return text[place:start].strip()
 
 
 def _to_sentence(clause: str, lead: str) -> str:

@@ -80,19 +80,15 @@ def parse_row(value: Any) -> PreferenceRow:
         raise ValueError(f"expected a JSON object, got {type(value).__name__}: {EXPECTED}")
     chosen, rejected = value.get("chosen"), value.get("reject", value.get("rejected"))
     prompt = value.get("prompt", value.get("question"))
-    if prompt is None:
-        prompt = _shared_messages(chosen, rejected)
+    if prompt is None:  # TRL treats the messages before both answers as the prompt, if they are the same
+        before, other = (one[:-1] if isinstance(one, list) else [] for one in (chosen, rejected))
+        if before and before == other and all(isinstance(one, dict) for one in before):
+            prompt = before
     named = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if missing := [name for name, one in named.items() if one is None]:
         raise ValueError(f"{' and '.join(missing)} missing: expected {EXPECTED}")
     answers = _parse_answers(chosen, "chosen"), _parse_answers(rejected, "rejected")
     return PreferenceRow(_parse_messages(prompt), *answers, video=_parse_video(value), columns=value)
-
-
-def _shared_messages(chosen: Any, rejected: Any) -> list[Any] | None:
-    """Return the messages before both answers, which TRL treats as the prompt; None if these differ."""
-    before, other = (one[:-1] if isinstance(one, list) else [] for one in (chosen, rejected))
-    return before if before and before == other and all(isinstance(one, dict) for one in before) else None
 
 
 def _parse_messages(value: Any) -> tuple[tuple[str, str], ...]:

@@ -339,7 +339,10 @@ class ChatClient:
     def _request(self, request: ChatRequest, options: RequestOptions) -> ChatResponse:
         while (seconds := self._resume_at - time.monotonic()) > 0 and not self._stop.wait(seconds):
             pass
-        self._count_request()
+        if self._stop.is_set():
+            raise NotSentError("stopped before this request was sent")
+        if reason := self.budget.take_request(self.name):
+            raise SpendCapError(reason.format(saved=self._saved))
         deadline = time.monotonic() + self.config.timeout_seconds
         with self._client.chat.completions.with_streaming_response.create(
             model=self.config.model,
@@ -363,13 +366,6 @@ class ChatClient:
         self.budget.add_tokens(self.name, response.num_tokens or 0)
         self._has_replied = True
         return response
-
-    def _count_request(self) -> None:
-        """Count a request; raise LLMStoppedError at a spend cap or after a stop."""
-        if self._stop.is_set():
-            raise NotSentError("stopped before this request was sent")
-        if reason := self.budget.take_request(self.name):
-            raise SpendCapError(reason.format(saved=self._saved))
 
     def _seconds_left(self, state: tenacity.RetryCallState) -> float:
         """Return the time left for retries of a request; a server that was never reached gets little."""

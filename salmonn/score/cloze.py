@@ -119,14 +119,11 @@ def judge_cloze(item: ClozeItem, caption: str, ask: Ask) -> ClozeScore:
     schema = object_schema({number: {"type": "string"} for number in numbers})
     user = encode_data({"cloze": item.shown, "caption": caption})
     chosen: list[str] = ask(_SYSTEM, user, schema, lambda reply: parse_choices(reply, numbers))
-    outcomes = [_outcome(letter, blank.key) for letter, blank in zip(chosen, item.blanks, strict=True)]
+    outcomes: list[Outcome] = [
+        "correct" if letter == blank.key else "not_given" if letter == NOT_GIVEN else "wrong"
+        for letter, blank in zip(chosen, item.blanks, strict=True)
+    ]
     return ClozeScore(item.video, item.subcategory, chosen, outcomes, [blank.modality for blank in item.blanks])
-
-
-def _outcome(letter: str, key: str) -> Outcome:
-    if letter == key:
-        return "correct"
-    return "not_given" if letter == NOT_GIVEN else "wrong"
 
 
 def parse_choices(reply: str, numbers: Sequence[str]) -> list[str]:

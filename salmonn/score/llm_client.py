@@ -56,14 +56,23 @@ class LLMClient(ChatClient):
                 is not kept, has no text where `only_text` asks for one.
             LLMStoppedError: no further request is possible.
         """
-        seed += self.config.seed or 0
+        config = self.config
+        seed += config.seed or 0
         request = {"messages": list(messages), "seed": seed}
-        request |= {"temperature": self.config.temperature, "max_reply_tokens": self.config.reply_token_limit}
-        text = json.dumps([self.config.model, schema, request], sort_keys=True, ensure_ascii=False)
+        request |= {"temperature": config.temperature, "max_reply_tokens": config.reply_token_limit}
+        text = json.dumps([config.model, schema, request], sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(text.encode()).hexdigest()
         response = self._cache.get(key)
         if response is None:
-            reply = self.send(self._to_request(messages, schema=schema, seed=seed))
+            reply = self.send(
+                ChatRequest(
+                    messages,
+                    schema=None if config.structured == "never" else schema,
+                    seed=None if config.seed is None else seed,
+                    temperature=config.temperature,
+                    token_limit=config.reply_token_limit,
+                )
+            )
             if only_text and not reply.choices[0].text.strip():
                 raise LLMRejectedError(_describe_missing_text(reply.choices[0]))
             response = reply.first_reply()
@@ -114,16 +123,6 @@ class LLMClient(ChatClient):
             raise
         executor.shutdown()
         return [future.result() for future in futures]
-
-    def _to_request(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> ChatRequest:
-        config = self.config
-        return ChatRequest(
-            messages,
-            schema=None if config.structured == "never" else schema,
-            seed=None if config.seed is None else seed,
-            temperature=config.temperature,
-            token_limit=config.reply_token_limit,
-        )
 
 
 def _describe_missing_text(choice: Choice) -> str:
