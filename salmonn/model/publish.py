@@ -5,7 +5,6 @@ looked up: each weight of the base checkpoint, under its published name, gets th
 it. So a trained model in the published layout has exactly the files that code for the base model reads.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from transformers.utils import cached_file
 from salmonn.files import read_json, write_json
 from salmonn.model.families import get_family
 from salmonn.model.loading import CONFIG_NAME, load_config
+from salmonn.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from salmonn.model.weight_files import INDEX_NAME, WEIGHTS_NAME
 
-WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 SHARD_SIZE = "5GB"
 # Small files of a checkpoint that code for it reads besides the weights.
 COPIED_NAMES = (
@@ -122,9 +121,8 @@ def write_adapter(adapter: Path, folder: Path, *, base: str) -> None:
     tensors = load_file(adapter / ADAPTER_WEIGHTS_NAME)
     renamed = {name.replace(ours, theirs, 1): tensor for name, tensor in tensors.items()}
     save_file(renamed, str(folder / ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
-    write_json(
-        folder / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": base}
-    )
+    config = read_json(adapter / ADAPTER_CONFIG_NAME)
+    write_json(folder / ADAPTER_CONFIG_NAME, config | {"base_model_name_or_path": base})
 
 
 def _base_files(base: str) -> dict[str, str]:
@@ -153,5 +151,4 @@ def _save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
         shard = {name: tensors[name].contiguous() for name in names}
         save_file(shard, str(folder / file), metadata={"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX_NAME, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
