@@ -15,6 +15,7 @@ from salmonn.train.sampling import SampleConfig
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {
     "mrdpo.yaml": "mrdpo",
+    "mrdpo_plain.yaml": "mrdpo",
     "ablation.yaml": "mrdpo",
     "mrdpo": "mrdpo",
     "dpo.yaml": "dpo",
@@ -147,6 +148,7 @@ def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp
     assert all(text in out for text in ("language model", "A clip of 51 s", "peak", "fits 80 GiB"))
     stages = {
         "mrdpo": ["guided DPO of", "rebirth of"],
+        "mrdpo_plain": ["guided DPO of", "rebirth of"],
         "ablation": ["guided DPO of", "rebirth of"],
         "dpo": ["guided DPO of"],
         "reward": ["reward model of"],

@@ -241,11 +241,13 @@ def over_optimization(summary: RunSummary) -> str | None:
 
 
 def best_round(summary: RunSummary) -> int | None:
-    """Return the number of the round with the lowest held-out Total.
+    """Return the number of the round with the lowest sum of held-out Total and Repetition.
 
-    None if the rounds stopped early and no round is better than the start.
+    Total does not count repeated content, but rebirth would learn it from the captions of that round's model.
+
+    None if the rounds stopped early and no round has a lower Total than the start.
     """
-    totals = [rates.total for rates in summary.rounds]
-    if summary.stopped and min(totals) >= summary.sft.total:
+    if summary.stopped and min(rates.total for rates in summary.rounds) >= summary.sft.total:
         return None
-    return totals.index(min(totals)) + 1
+    errors = [rates.total + rates.repetition for rates in summary.rounds]
+    return errors.index(min(errors)) + 1

@@ -95,6 +95,13 @@ def test_a_worse_score_stops_the_rounds():
     assert best_round(summary) == 4
 
 
+def test_repetition_counts_when_the_best_round_is_chosen():
+    """Total falls to 0.12 and rises to 0.13, but with 5 and then 2 % repeated the last round has fewer errors."""
+    rounds = [rates(0.2), replace(rates(0.12), repetition=0.05), replace(rates(0.13), repetition=0.02)]
+    assert best_round(RunSummary(sft=rates(0.6), rounds=rounds)) == 3
+    assert best_round(RunSummary(sft=rates(0.6), rounds=rounds[:2])) == 2
+
+
 def test_the_sft_model_can_be_the_best():
     summary = RunSummary(sft=rates(0.4), rounds=[rates(0.46)])
     assert best_round(summary) == 1
