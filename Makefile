@@ -4,7 +4,7 @@
 # make test-resume   kill a small run at 20 random moments, on one process and on two, and compare it with a whole run
 # make fuzz          1,000 broken and hostile files through `salmonn caption`
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
-# make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
+# make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed (RECIPE=mrdpo_plain: with the papers' settings)
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
 # make lab           what is claimed of pairs, losses, votes, rebirth and feedback, on 3 seeds next to controls; update docs/lab.md: two hours
 # make lab-rewards   what is claimed of reward models, on 3 seeds next to controls; update docs/lab.md: an estimated 90 minutes
@@ -18,6 +18,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The toy model is too small to use two cores by threads; a GPU holds one process.
 PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
+# Settings of `make proof`: mrdpo or mrdpo_plain.
+RECIPE ?= mrdpo
 VENV := .venv
 BIN := $(VENV)/bin
 EXACTNESS_TESTS := tests/test_parity.py tests/model/test_qwen3_vl.py tests/model/test_d_orca.py tests/caption/test_omni.py \
@@ -49,8 +51,8 @@ mrdpo: setup
 	$(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES) recipes/mrdpo.py --config recipes/configs/mrdpo.yaml
 
 proof: setup
-	$(BIN)/python tools/ablation.py --variants mrdpo --config recipes/configs/mrdpo.yaml --clips-seed 100 \
-	    --seeds 2 3 4 --jobs $(PROCESSES) --out run/proof
+	$(BIN)/python tools/ablation.py --variants mrdpo --config recipes/configs/$(RECIPE).yaml --clips-seed 100 \
+	    --seeds 2 3 4 --jobs $(PROCESSES) --out run/proof/$(RECIPE)
 
 ablation: setup
 	$(BIN)/python tools/ablation.py --seeds 2 3 4 --jobs $(PROCESSES)
