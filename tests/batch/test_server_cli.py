@@ -141,12 +141,14 @@ def test_ctrl_c_while_a_caption_is_written(serve, videos, files, monkeypatch, nu
         job = CaptionJob(ledger)
         client = ServerCaptioner(ServerOptions(server.url, "m"))
         found = map(stat_video, map(str, videos[:num_videos]))
-        with pytest.raises(KeyboardInterrupt):
-            for result in caption_videos(client, job.pending(found), config=config, reader=reader):
-                job.save(result)
-    logger.removeHandler(announcement)
-    assert is_announced.is_set() == (num_videos > 1 and num_interrupts == 1)
-    is_announced.set()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                for result in caption_videos(client, job.pending(found), config=config, reader=reader):
+                    job.save(result)
+            assert is_announced.is_set() == (num_videos > 1 and num_interrupts == 1)
+        finally:
+            logger.removeHandler(announcement)
+            is_announced.set()
     assert len(server.requests) == num_sent
     assert len(read_records(files.captions, Caption)) == job.stats.captions == (1 if num_interrupts == 2 else num_sent)
 
