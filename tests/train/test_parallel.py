@@ -175,14 +175,18 @@ def ddp_in_16_bits(shallow_model, clips, shared):
 
 
 def test_zero3_in_16_bits(train_split, shallow_model, clips, tmp_path):
-    """Two steps: losses near those of float32, the adapter in float32, and a merged model in bfloat16."""
+    """Two steps: losses near those of float32, weights and products in bfloat16, and the adapter's file in float32."""
     train("zero3", shallow_model, clips.root, tmp_path, processes=2, precision="bfloat16", options=["short"])
     losses, expected = ([step["loss"] for step in steps_of(folder)] for folder in (tmp_path, train_split("zero3")))
     assert losses[0] == pytest.approx(expected[0], abs=4 * 2**-7) and len(losses) == 2
-    check_dtypes_of_16_bits(tmp_path)
+    check_dtypes_of_16_bits(tmp_path, "zero3")
 
 
-def check_dtypes_of_16_bits(folder) -> None:
+def check_dtypes_of_16_bits(folder, strategy) -> None:
+    """Check the types in training, and of the files; DeepSpeed trains copies of the weights in 16 bits."""
+    trained = ["torch.bfloat16"] if strategy.startswith("zero") else ["torch.bfloat16", "torch.float32"]
+    found = json.loads((folder / "dtypes.json").read_text())
+    assert found == {"weights": trained, "products": ["torch.bfloat16"], "autocast": ["torch.bfloat16"]}
     weights = load_file(folder / "adapter" / "adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in weights} == {torch.float32}
     assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
@@ -201,8 +205,8 @@ def test_in_16_bits(strategy, ddp_in_16_bits, shallow_model, clips, tmp_path):
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.3
     for loss, *ends in zip(losses, one, two, strict=True):
         assert min(ends) - 2 * 2**-7 < loss < max(ends) + 2 * 2**-7, (losses, one, two)
-    for folder in (*ddp_in_16_bits, tmp_path):
-        check_dtypes_of_16_bits(folder)
+    for folder, name in zip((*ddp_in_16_bits, tmp_path), ("ddp", "ddp", strategy), strict=True):
+        check_dtypes_of_16_bits(folder, name)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])

@@ -4,17 +4,19 @@
 
 With `nan`, the last process has a NaN loss in step 1. With `short`, there are two steps. With `sharded`, no process
 loads the whole model; OUT/read_R.json has the bytes that rank R has read and holds. With bfloat16, the base weights and
-the computation are in bfloat16 and layers are checkpointed. Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/;
-resumes from OUT/checkpoints/.
+the computation are in bfloat16 and layers are checkpointed; OUT/dtypes.json has the types that rank 0 has trained with.
+Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/; resumes from OUT/checkpoints/.
 """
 
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from salmonn import dist
@@ -119,6 +121,23 @@ def count_bytes_read() -> list[int]:
     return counted
 
 
+def record_dtypes(network: nn.Module) -> dict[str, set[str]]:
+    """Return a dict that gets the types of the weights and products of linear layers in training, and of autocast."""
+    found: dict[str, set[str]] = defaultdict(set)
+
+    def record(module: nn.Linear, inputs: object, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            kind = output.device.type
+            found["weights"].add(str(module.weight.dtype))
+            found["products"].add(str(output.dtype))
+            found["autocast"].add(str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off")
+
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(record)
+    return found
+
+
 def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
     """Train and merge; the trained network must have been freed before merging."""
     dist.setup(threads=1)
@@ -132,6 +151,7 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     is_sharded, is_nan = "sharded" in options, "nan" in options
     captioner = load_encoding_model(model, run_config) if is_sharded else run_config.load_model(model)
     bytes_read = count_bytes_read() if is_sharded else []
+    dtypes: list[dict[str, set[str]]] = []
 
     def load(captioner: Captioner) -> None:
         if is_sharded:
@@ -141,10 +161,14 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
             write_json(out / f"read_{dist.rank()}.json", {"read": list(bytes_read), "held": held})
         else:
             attach_lora(captioner.network, LORA, seed=0)
+        if precision == "bfloat16":
+            dtypes.append(record_dtypes(captioner.network))
 
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
     batches_class = NanReferences if is_nan else PreferenceBatches
     checkpoint = train(captioner, strategy, clips, out, config=config, batches_class=batches_class, load=load)
+    if dtypes and dist.is_main():
+        write_json(out / "dtypes.json", {name: sorted(found) for name, found in dtypes[0].items()})
     network_ref = weakref.ref(captioner.network)
     del captioner
     merge = merge_sharded if is_sharded else merge_checkpoint
