@@ -1,12 +1,13 @@
 """`salmonn reward`: ratings of captions, and the best caption of each video."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.cli.reward import best_captions
+from salmonn.cli.reward import best_captions, find_untested
 from salmonn.files import read_records, write_records
 from salmonn.model.fingerprint import hash_model
 from salmonn.preference.heads import ScalarHead
@@ -48,6 +49,16 @@ def test_ratings_and_the_best_of_each_video(call, reward_folder, clips, tmp_path
     assert out == "" and [one.value for one in read_records(tmp_path / "ratings.jsonl", Rating)] == pytest.approx(
         [one["parts"]["reward"] for one in ratings]
     )
+
+
+def test_requests_that_a_gate_does_not_know_are_named():
+    info = RewardInfo("objectives", "rich", "base", "hash", requests=("Look.", "Listen."))
+    captions = [Caption("a", "x", prompt, modality="both") for prompt in ("Look.", "", "Tell.", "Say.")]
+    assert find_untested(info, captions[:2]) == []
+    assert find_untested(info, captions) == [
+        'learned weights of objectives for 2 requests: those for others, such as "Say.", are untested'
+    ]
+    assert find_untested(replace(info, requests=()), captions) == []  # all requests have the same weights
 
 
 def test_the_best_caption_is_chosen_by_prompt():

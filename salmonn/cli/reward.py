@@ -18,7 +18,7 @@ from salmonn.records import Caption
 
 if TYPE_CHECKING:
     from salmonn.preference.rating import Rating
-    from salmonn.preference.reward_model import RewardModel
+    from salmonn.preference.reward_model import RewardInfo, RewardModel
 
 
 def reward_parser() -> FlagParser:
@@ -115,10 +115,23 @@ def load_model(values: Namespace, captions: Sequence[Caption]) -> "RewardModel":
             rater=values.rater,
             prototype=values.prototype,
         )
-    if others := {one.modality for one in captions if one.modality} - set(model.info.modalities):
-        learned, unknown = " and ".join(model.info.modalities), " and ".join(sorted(others))
-        sys.stderr.write(f"{values.model} was trained on captions of {learned}: rewards of {unknown} are untested\n")
+    for sentence in find_untested(model.info, captions):
+        sys.stderr.write(f"{values.model} {sentence}\n")
     return model
+
+
+def find_untested(info: "RewardInfo", captions: Sequence[Caption]) -> list[str]:
+    """Return sentences on captions of a kind that a reward model was not trained on."""
+    sentences = []
+    if others := {one.modality for one in captions if one.modality} - set(info.modalities):
+        learned, unknown = " and ".join(info.modalities), " and ".join(sorted(others))
+        sentences.append(f"was trained on captions of {learned}: rewards of {unknown} are untested")
+    if info.requests and (prompts := {one.prompt for one in captions if one.prompt} - set(info.requests)):
+        sentences.append(
+            f"learned weights of objectives for {plural(len(info.requests), 'request')}: those for others, such as "
+            f'"{min(prompts)}", are untested'
+        )
+    return sentences
 
 
 def fit_to_votes(model: "RewardModel", path: Path) -> None:
@@ -130,7 +143,7 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
     """
     from salmonn.preference.comparisons import group_comparisons, read_preferences
     from salmonn.preference.mixture import MixtureHead
-    from salmonn.preference.reward_model import answer_rows, answer_states
+    from salmonn.preference.states import answer_rows, answer_states
     from salmonn.train.raters import collect_votes
 
     mixture = model.head

@@ -125,6 +125,12 @@ class ClipFeatures:
         return self.tokens
 
 
+def no_clip(width: int) -> ClipFeatures:
+    """Return features without tokens, of this width: a prompt about them is text alone."""
+    empty = torch.zeros(0, dtype=torch.long)
+    return ClipFeatures(torch.zeros(0, width), Layout(empty, torch.zeros(3, 0, dtype=torch.long), num_visual=0))
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """Batch of B rows of text, each about one clip.

@@ -1,6 +1,7 @@
 """Pooled hidden states of answers: the features that reward heads read.
 
     prompt state   the decoder's output at the last token of the prompt; it depends on clip and prompt alone
+    request state  the mean of the output over the prompt's tokens, read without the clip: it depends on the text alone
     answer state   the outputs at the answer's tokens, pooled:
                    last    at the last token, which is the end token of a finished answer: as published reward models
                    mean    their mean
@@ -33,10 +34,12 @@ class AnswerStates:
     Args:
         prompt: (B, D) state at the last token of each prompt.
         answer: (B, P) pooled states of each answer; P is `pooled_width`.
+        request: (B, D) state of each prompt without its clip (salmonn.preference.states); None if it is not needed.
     """
 
     prompt: Tensor
     answer: Tensor
+    request: Tensor | None = None
 
 
 def pooled_width(pooling: Pooling, *, width: int, num_layers: int) -> int:

@@ -9,6 +9,7 @@ instead of one. Fine-grained RLHF (arXiv 2306.01693) rewards the parts of an ans
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,4 +99,4 @@ def sum_clauses(states: AnswerStates, answers: Sequence[tuple[str, bool]]) -> An
         answers: (text, finished) of each answer.
     """
     parts = states.answer.split([len(find_clauses(text)) for text, _ in answers])
-    return AnswerStates(states.prompt, torch.stack([one.sum(0) for one in parts]))
+    return replace(states, answer=torch.stack([one.sum(0) for one in parts]))

@@ -1,7 +1,6 @@
 """Heads of reward models: from the pooled states of answers to rewards, and the exact fit of a linear one."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,32 +42,35 @@ class ScalarHead(nn.Module):
 
 
 class GatingNetwork(nn.Module):
-    """Weights of k objectives from the state of the prompt, which has seen the clip and the request.
+    """Weights of k objectives from the state of a request: a linear map and a softmax.
+
+    All parameters start at 0, which is equal weights for every request.
 
     Args:
-        widths: sizes of the layers: the state's D, hidden ones, and k. One entry makes constant weights.
+        widths: the state's D and k; k alone makes constant weights.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(size, following) for size, following in pairwise(widths))
-        self.constant = nn.Parameter(torch.zeros(widths[-1])) if len(widths) == 1 else None
+        *width, count = widths
+        self.weight = nn.Parameter(torch.zeros(count, *width)) if width else None
+        self.bias = nn.Parameter(torch.zeros(count))
 
-    def forward(self, prompt: Tensor) -> Tensor:
-        """Return weights (B, k) for prompt states (B, D); those of a row sum to 1 over the objectives."""
-        if self.constant is not None:
-            return self.constant.softmax(-1).expand(len(prompt), -1)
-        hidden = prompt
-        for number, layer in enumerate(self.layers):
-            hidden = layer(torch.relu(hidden) if number else hidden)
-        return hidden.softmax(-1)
+    def forward(self, request: Tensor) -> Tensor:
+        """Return weights (B, k) for states (B, D) of requests; those of a row sum to 1 over the objectives."""
+        logits = self.bias.expand(len(request), -1)
+        if self.weight is not None:
+            logits = logits + request @ self.weight.T
+        return logits.softmax(-1)
 
 
 class ObjectiveHead(nn.Module):
     """Named objectives and their weights: reward = sum of weight * objective (arXiv 2406.12845).
 
-    Names of weights are those of ArmoRM. Unlike its training code, the weights are normalized over the objectives, the
-    corrected objectives are used in training too, and the regression has an intercept.
+    The gate of ArmoRM is a network with three hidden layers that reads the last token of a prompt of text. Here most of
+    that state would be the clip's, and comparisons are few: the gate is linear and reads the request without the clip.
+    Unlike in the published training code, the weights are normalized over the objectives, the corrected objectives are
+    used in training too, and the regression has an intercept.
 
     Args:
         width: size P of an answer's state.
@@ -90,8 +92,9 @@ class ObjectiveHead(nn.Module):
         return values @ self.reward_transform_matrix
 
     def weights(self, states: AnswerStates) -> Tensor:
-        """Return the weights (B, k) of the objectives."""
-        weights: Tensor = self.gating(states.prompt.to(self.regression_layer.weight.dtype))
+        """Return the weights (B, k) of the objectives; the states must have those of the requests."""
+        assert states.request is not None
+        weights: Tensor = self.gating(states.request.to(self.regression_layer.weight.dtype))
         return weights
 
     def forward(self, states: AnswerStates) -> Tensor:

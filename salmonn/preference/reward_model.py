@@ -24,27 +24,24 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import PromptRow
 from salmonn.files import parse_json, temporary_path, write_json
 from salmonn.model.fingerprint import hash_model
-from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import Placement
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
-from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
+from salmonn.model.pooling import Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
-from salmonn.preference.claims import pool_clauses
-from salmonn.preference.comparisons import AnswerGroup, join_pair
+from salmonn.preference.comparisons import join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
 from salmonn.preference.rating import Rating, Reward
+from salmonn.preference.states import Clip, answer_states
 from salmonn.records import Caption, Modality, Unscored
 from salmonn.score.judge import ScoringTask
 from salmonn.score.repetition import count_repeated_words
 
 RewardKind = Literal["bradley-terry", "pairwise", "claims", "objectives", "ideal-point"]
 RewardHead = Head | MixtureHead
-Clip = ClipInputs | ClipFeatures
 
 INFO_NAME, HEAD_NAME, ADAPTER_DIR = "reward.json", "head.safetensors", "adapter"
-REWARD_FORMAT = 2
-MAX_ROWS = 64  # captions of a clip in one forward pass
+REWARD_FORMAT = 3  # with 2, the gate of named objectives read the clip, too
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class RewardInfo:
         agreement: measured on held-out clips.
         gate_widths: widths of the network that weighs the objectives; empty for other kinds.
         objectives: their names, in the order of the weights.
+        requests: prompts that a gate has learned weights for; empty if there is only one, which needs no gate.
         ensemble: number of heads whose disagreement is the spread of a rating; 0 for none.
         prototypes: what is known of the raters of an "ideal-point" model.
         format: version of the folder's format.
@@ -87,6 +85,7 @@ class RewardInfo:
     agreement: Agreement | None = None
     gate_widths: tuple[int, ...] = ()
     objectives: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
     ensemble: int = 0
     prototypes: PrototypeInfo | None = None
     format: int = REWARD_FORMAT
@@ -373,68 +372,9 @@ def head_width(captioner: Captioner, pooling: Pooling) -> int:
     return pooled_width(pooling, width=config.hidden_size, num_layers=config.num_hidden_layers)
 
 
-def answer_rows(group: AnswerGroup, *, clip: int = 0, prompt: str | None = None) -> list[PromptRow]:
-    """Return a row for each answer of a group; an empty one that was cut off counts as finished: it needs a token.
-
-    Args:
-        group: answers.
-        clip: index of the clip that they are about.
-        prompt: prompt instead of the group's, which may be empty.
-    """
-    one = group.example
-    return [
-        PromptRow(clip, one.prompt if prompt is None else prompt, text, one.history, finished=finished or not text)
-        for text, finished in group.answers
-    ]
-
-
 def _join(first: PromptRow, second: PromptRow) -> PromptRow:
     text, finished = join_pair((first.answer or "", first.finished), (second.answer or "", second.finished))
     return replace(first, answer=text, finished=finished)
-
-
-@torch.no_grad()
-def answer_states(
-    captioner: Captioner,
-    rows: Sequence[PromptRow],
-    clips: Sequence[Clip],
-    *,
-    pooling: Pooling,
-    by_clause: bool = False,
-) -> AnswerStates:
-    """Compute the states of rows (B) on the CPU, clip by clip: a row's states do not depend on which other clips occur.
-
-    Args:
-        captioner: model whose states are read.
-        rows: prompts with answers; the clip and the prompt of several rows go through the decoder once.
-        clips: clips that the rows are about.
-        pooling: see `salmonn.model.pooling`.
-        by_clause: with pooling "clauses", return the states of the clauses of all rows instead of their sums.
-    """
-    network, by_clip = captioner.network, dict[int, list[int]]()
-    for index, row in enumerate(rows):
-        by_clip.setdefault(row.clip, []).append(index)
-    order, prompt, answer = list[int](), list[Tensor](), list[Tensor]()
-    for clip, indices in by_clip.items():
-        for start in range(0, len(indices), MAX_ROWS):
-            part = indices[start : start + MAX_ROWS]
-            inputs = captioner.processor.collate([replace(rows[index], clip=0) for index in part], [clips[clip]])
-            states = network(inputs.to(network.device), pooling="tokens" if pooling == "clauses" else pooling)
-            prompt.append(states.prompt.cpu())
-            values = states.answer.cpu()
-            if pooling == "clauses":
-                texts = [rows[index].answer or "" for index in part]
-                lengths = (inputs.labels != -100).sum(1).tolist()
-                pooled = [
-                    pool_clauses(one, text, captioner.processor, width=states.prompt.shape[1])
-                    for one, text in zip(values.split(lengths), texts, strict=True)
-                ]
-                answer += pooled if by_clause else [one.sum(0, keepdim=True) for one in pooled]
-            else:
-                answer += values.split(1)
-            order += part
-    inverse = torch.tensor(order).argsort().tolist()
-    return AnswerStates(torch.cat(prompt)[inverse], torch.cat([answer[index] for index in inverse]))
 
 
 class ModelReward(Reward):

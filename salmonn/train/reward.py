@@ -337,13 +337,19 @@ class RewardTrainer:
             ).double()
             info = replace(info, ensemble=config.ensemble)
         widths = head.gate_widths if isinstance(head, ObjectiveHead) else ()
-        info = replace(info, gate_widths=widths, objectives=OBJECTIVES if widths else ())
+        requests = sorted({group.example.prompt for group in groups[:fitted]}) if len(widths) > 1 else []
+        info = replace(
+            info,
+            gate_widths=widths,
+            objectives=OBJECTIVES if widths else (),
+            requests=tuple(requests) if len(requests) > 1 else (),
+        )
         return info, FittedReward(head, rewards[:count], rewards[count:])
 
     def _fit_frozen(self, states: Sequence[AnswerStates], groups: Sequence[AnswerGroup]) -> Head:
         """Fit a head of the configured kind to frozen states."""
         if self.config.kind == "objectives":
-            return fit_objective_head(states, groups, self.config.objectives, seed=self.seed)
+            return fit_objective_head(states, groups, self.config.objectives)
         if self.config.kind == "claims":
             return fit_claims(states, groups)
         return fit_head(states, groups, l2=self.config.l2, center_weight=self.config.center_weight)

@@ -8,7 +8,7 @@ default the correlation becomes that of the judge's own values ("gold").
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,25 @@ from torch import Tensor, nn
 
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead, fit_scalar_head, join_pairs
+from salmonn.preference.heads import (
+    LBFGS_STEPS,
+    GatingNetwork,
+    Head,
+    ObjectiveHead,
+    ScalarHead,
+    fit_scalar_head,
+    join_pairs,
+)
 from salmonn.preference.objectives import OBJECTIVES, Debias
 
 ALPHAS = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
 LENGTH = OBJECTIVES.index("length")
 MAX_CORRELATION = 0.03  # with length that the published correction leaves
 LAMBDAS = torch.linspace(0, 0.95, 20, dtype=torch.float64)
-VALIDATION_EVERY = 5  # every fifth clip chooses the strength of the ridge
+VALIDATION_EVERY = 5  # every fifth clip chooses the strengths of the ridge and of the gate's penalty
+GATE_STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 1))
+MIN_STRENGTH = 1e-4
+ROUNDING = 1e-5  # difference of states, relative to their size, that may be rounding
 
 
 @dataclass(frozen=True)
@@ -32,24 +43,12 @@ class ObjectiveConfig:
     """Head of named objectives.
 
     Args:
-        gate: weigh the objectives by clip and request; otherwise all captions have the same weights.
-        hidden: size of the gate's hidden layer.
-        steps, learning_rate: optimization of the weights, on all comparisons at once.
+        gate: weigh the objectives by request; otherwise all captions have the same weights.
         debias: correlation with length after the correction: that of the judge's values, none, or uncorrected.
     """
 
     gate: bool = True
-    hidden: int = 64
-    steps: int = 300
-    learning_rate: float = 1e-2
     debias: Debias = "gold"
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1 or self.steps < 1 or self.learning_rate <= 0:
-            raise ValueError(
-                "objectives.hidden and steps must be at least 1 and learning_rate above 0, got "
-                f"{self.hidden}, {self.steps} and {self.learning_rate}"
-            )
 
 
 def fit_head(
@@ -132,15 +131,14 @@ def fit_ensemble(
 
 
 def fit_objective_head(
-    states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: ObjectiveConfig, *, seed: int
+    states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: ObjectiveConfig
 ) -> ObjectiveHead:
-    """Fit a head to judged captions and their comparisons.
+    """Fit a head to judged captions and their comparisons; the result needs no seed.
 
     Args:
-        states: states of the answers of each group.
+        states: states of the answers and of the request of each group.
         groups: clips with the objectives of their answers.
         config: gate and correction.
-        seed: seed of the gate's first weights.
 
     Raises:
         ValueError: the objectives are unknown.
@@ -155,24 +153,28 @@ def fit_objective_head(
     number_of = dict[str, int]()  # all prompts about a video are on one side
     for group in groups:
         number_of.setdefault(group.example.video, len(number_of))
-    clip = torch.cat(
-        [
-            torch.full((len(one.answer),), number_of[group.example.video])
-            for one, group in zip(states, groups, strict=True)
-        ]
-    )
-    weight, bias = fit_ridge(answers, labels, validation=clip % VALIDATION_EVERY == 0)
-    width, count = answers.shape[1], len(OBJECTIVES)
+    is_validation = torch.tensor([number_of[group.example.video] % VALIDATION_EVERY == 0 for group in groups])
+    num_answers = torch.tensor([len(one.answer) for one in states])
+    weight, bias = fit_ridge(answers, labels, validation=is_validation.repeat_interleave(num_answers))
+    requests = torch.stack([one.request[0] for one in states if one.request is not None]).double()
+    widths = (requests.shape[1], len(OBJECTIVES)) if config.gate else (len(OBJECTIVES),)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = ObjectiveHead(width, (states[0].prompt.shape[1], config.hidden, count) if config.gate else (count,))
-    head = head.double()
+        head = ObjectiveHead(answers.shape[1], widths).double()
     with torch.no_grad():
         head.regression_layer.weight.copy_(weight)
         head.regression_layer.bias.copy_(bias)
         predicted = answers @ weight.T + bias
         head.reward_transform_matrix.copy_(correct_for_length(predicted, labels, debias=config.debias))
-    _fit_gate(head, states, groups, config)
+        differences = [
+            values[better] - values[worse]
+            for values, group in zip(map(head.objectives, states), groups, strict=True)
+            for better, worse in group.pairs
+        ]
+    num_pairs = torch.tensor([len(group.pairs) for group in groups])
+    comparisons = _Comparisons(
+        requests.repeat_interleave(num_pairs, 0), torch.stack(differences), join_pairs(groups)[1]
+    )
+    _fit_gate(head.gating, comparisons, is_validation=is_validation.repeat_interleave(num_pairs))
     return head.requires_grad_(False)
 
 
@@ -253,31 +255,73 @@ def _rank_correlation(one: Tensor, other: Tensor) -> float:
     return float(spearmanr(one.numpy(), other.numpy()).statistic)
 
 
-def _fit_gate(
-    head: ObjectiveHead, states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: ObjectiveConfig
-) -> None:
-    """Train the weights of the objectives on comparisons, each clip weighing the same; a scale is learned with them."""
-    together = AnswerStates(
-        torch.cat([one.prompt for one in states]).double(), torch.cat([one.answer for one in states]).double()
-    )
-    pairs, weights = join_pairs(groups)
-    with torch.no_grad():
-        objectives = head.objectives(together)
-    # The gate is trained on standardized states, whose scale is folded into its first layer afterwards.
-    std, mean = torch.std_mean(together.prompt, dim=0)
-    scale = torch.where(std > 0, std, 1.0)
-    prompts = (together.prompt - mean) / scale
-    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.AdamW([*head.gating.parameters(), log_scale], lr=config.learning_rate, weight_decay=0.0)
-    for _ in range(config.steps):
-        rewards = log_scale.exp() * (head.gating(prompts) * objectives).sum(-1)
-        better, worse = rewards[pairs].unbind(1)
-        loss = (weights / len(groups) * F.softplus(worse - better)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for first in list(head.gating.layers)[:1]:
-        assert isinstance(first, nn.Linear)
+@dataclass(frozen=True)
+class _Comparisons:
+    """N comparisons: states (N, D) of their requests, objectives (N, k) of better minus worse, and weights (N,)."""
+
+    requests: Tensor
+    differences: Tensor
+    weights: Tensor
+
+    def select(self, chosen: Tensor) -> "_Comparisons":
+        return _Comparisons(self.requests[chosen], self.differences[chosen], self.weights[chosen])
+
+    def loss(self, gating: GatingNetwork, log_scale: Tensor) -> Tensor:
+        """Return the weighted mean of Bradley and Terry's loss, of rewards times a scale."""
+        margins = log_scale.exp() * (gating(self.requests) * self.differences).sum(-1)
+        return (self.weights * F.softplus(-margins)).sum() / self.weights.sum()
+
+
+def _fit_gate(gating: GatingNetwork, comparisons: _Comparisons, *, is_validation: Tensor) -> None:
+    """Fit the weights of the objectives to N comparisons.
+
+    The strength of the penalty, which draws the weights of all requests together, is that under which the comparisons
+    of the validation clips are the most likely. The gate is then fitted to all clips.
+
+    Args:
+        gating: gate.
+        comparisons: all comparisons.
+        is_validation: (N,) those that choose the strength.
+    """
+    # One scale for all dimensions: one in which the known requests hardly differ must not decide about a new one.
+    mean = comparisons.requests.mean(0)
+    size = (comparisons.requests - mean).square().sum(1).mean().sqrt()
+    scale = size if size > ROUNDING * mean.norm() else torch.ones_like(size)  # a single request has none
+    comparisons = replace(comparisons, requests=(comparisons.requests - mean) / scale)
+    strength = GATE_STRENGTHS[-1]
+    if gating.weight is not None and is_validation.any() and not is_validation.all():
+        learned, tested = comparisons.select(~is_validation), comparisons.select(is_validation)
+        losses = []
+        for one in GATE_STRENGTHS:
+            log_scale = _fit_weights(gating, learned, strength=one)
+            with torch.no_grad():
+                losses.append(float(tested.loss(gating, log_scale)))
+        strength = GATE_STRENGTHS[losses.index(min(losses))]
+    _fit_weights(gating, comparisons, strength=strength)
+    if gating.weight is not None:
         with torch.no_grad():
-            first.weight.div_(scale)
-            first.bias.sub_(first.weight @ mean)
+            gating.weight.div_(scale)
+            gating.bias.sub_(gating.weight @ mean)
+
+
+def _fit_weights(gating: GatingNetwork, comparisons: _Comparisons, *, strength: float) -> Tensor:
+    """Fit a gate by LBFGS, starting from equal weights; returns the logarithm of the scale that fits best with them."""
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    for parameter in gating.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(
+        [*gating.parameters(), log_scale], max_iter=LBFGS_STEPS, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        # Without the second penalty, logits of objectives that deserve no weight would fall without end.
+        penalty = MIN_STRENGTH * gating.bias.square().sum()
+        if gating.weight is not None:
+            penalty = penalty + strength * gating.weight.square().sum()
+        loss = comparisons.loss(gating, log_scale) + penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return log_scale.detach()

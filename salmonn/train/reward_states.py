@@ -16,12 +16,12 @@ from salmonn.model.fingerprint import hash_model, hash_values
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.reward_model import answer_rows, answer_states
+from salmonn.preference.states import answer_rows, answer_states
 from salmonn.train.batches import map_batches
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 
 STATES_NAME = "states.safetensors"
-STATES_FORMAT = 2
+STATES_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def _write_states(path: Path, states: Sequence[AnswerStates], fingerprint: str) 
     tensors = {
         "prompt": torch.cat([one.prompt for one in states]),
         "answer": torch.cat([one.answer for one in states]),
+        "request": torch.cat([one.request for one in states if one.request is not None]),
         "lengths": torch.tensor([[len(one.prompt), len(one.answer)] for one in states]),
     }
     temporary = temporary_path(path)
@@ -98,9 +99,8 @@ def _read_states(path: Path, fingerprint: str) -> list[AnswerStates] | None:
     if dist.is_main() and path.is_file():
         with safe_open(str(path), framework="pt") as file:
             if file.metadata().get("fingerprint") == fingerprint:
-                lengths = file.get_tensor("lengths").T.tolist()
-                parts = (
-                    file.get_tensor(name).split(own) for name, own in zip(("prompt", "answer"), lengths, strict=True)
-                )
+                num_rows, num_answers = file.get_tensor("lengths").T.tolist()
+                split = {"prompt": num_rows, "answer": num_answers, "request": num_rows}
+                parts = (file.get_tensor(name).split(own) for name, own in split.items())
                 states = [AnswerStates(*one) for one in zip(*parts, strict=True)]
     return dist.gather([states])[0]

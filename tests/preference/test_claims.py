@@ -9,7 +9,8 @@ from salmonn.caption.processor import PromptRow
 from salmonn.model.pooling import AnswerStates, pooled_width
 from salmonn.preference.claims import attach_credits, clause_credits, pool_clauses, sum_clauses
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.reward_model import answer_states, head_width
+from salmonn.preference.reward_model import head_width
+from salmonn.preference.states import answer_states
 from salmonn.records import Caption, Comparison, Event, Mention, Score
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_heads import fit_claims

@@ -159,8 +159,8 @@ def test_folders_that_are_refused(make_model, tmp_path, random_plus):
     with pytest.raises(ValueError, match="with other weights than those of"):
         RewardModel.load(tmp_path / "good", base=str(random_plus))
     values = read_json(tmp_path / "good" / "reward.json")
-    write_json(tmp_path / "good" / "reward.json", values | {"format": 0})
-    with pytest.raises(ValueError, match="has format 0"):
+    write_json(tmp_path / "good" / "reward.json", values | {"format": 2})  # its gate read other states
+    with pytest.raises(ValueError, match=r"has format 2, but this version of salmonn reads 3; train it again"):
         RewardModel.load(tmp_path / "good")
     write_json(tmp_path / "good" / "reward.json", values | {"pooling": "last"})
     with pytest.raises(ValueError, match=r"does not fit its reward\.json"):

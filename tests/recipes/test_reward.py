@@ -159,10 +159,10 @@ def test_named_objectives(launch, trained_model, tmp_path, call):
     flags = flags_of(trained_model, tmp_path, tmp_path / "reward") | {"root": file.parent, "kind": "objectives"}
     refused = launch("reward", **flags)
     assert refused.returncode == 2 and "needs the references that the captions were judged against" in refused.stderr
-    result = launch("reward", **flags | {"references": file, "objectives.steps": 20, "blind": "false"})
+    result = launch("reward", **flags | {"references": file, "blind": "false"})
     assert result.returncode == 0, result.stderr
     info = read_info(tmp_path / "reward", kind="objectives")
-    assert info.objectives == OBJECTIVES and info.gate_widths == (128, 64, 7)
+    assert info.objectives == OBJECTIVES and info.gate_widths == (128, 7)
     args = ["reward", tmp_path / "captions.jsonl", "--model", tmp_path / "reward", "--root", file.parent]
     code, out, err = call(*args, "--objectives")
     assert code == 0 and len(out.splitlines()) == 24

@@ -1,5 +1,6 @@
 """Named objectives: their values by hand, the ridge, the correction for length, and weights that follow the request."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import GatingNetwork, ObjectiveHead
 from salmonn.preference.objectives import OBJECTIVES, attach_objectives, objectives_of
 from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
+from salmonn.train import reward_heads
 from salmonn.train.reward_heads import LENGTH, ObjectiveConfig, correct_for_length, fit_objective_head, fit_ridge
 
 RED, BLUE = Event("a red circle appears", "visual", 0, 1), Event("a blue star appears", "visual", 2, 3)
@@ -57,14 +59,17 @@ def test_the_ridge_has_an_intercept_and_leaves_out_unknown_values():
 
 
 def test_weights_are_normalized_over_the_objectives():
-    """Also for a chosen and a rejected caption, (2, k), where ArmoRM's code normalizes over the two."""
-    torch.manual_seed(0)
-    gate = GatingNetwork((4, 8, 3))
-    weights = gate(torch.randn(2, 4))
-    assert weights.sum(-1).tolist() == pytest.approx([1, 1]) and weights[0].tolist() != weights[1].tolist()
-    assert GatingNetwork((3,))(torch.randn(2, 4)).flatten().tolist() == pytest.approx([1 / 3] * 6)
-    names = ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
-    assert list(gate.state_dict()) == names
+    """Logits (log 2, 0, 0) and (0, log 8, 0): two requests, (2, k), over which ArmoRM's code would normalize."""
+    gate = GatingNetwork((2, 3))
+    assert gate(torch.randn(2, 2)).flatten().tolist() == pytest.approx([1 / 3] * 6)
+    with torch.no_grad():
+        gate.weight[0, 0], gate.weight[1, 1] = math.log(2), math.log(8)
+    weights = gate(torch.eye(2))
+    assert weights.flatten().tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4, 1 / 10, 8 / 10, 1 / 10])
+    constant = GatingNetwork((3,))
+    with torch.no_grad():
+        constant.bias[2] = math.log(2)
+    assert constant(torch.randn(2, 2)).flatten().tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2] * 2)
 
 
 def test_the_correction_changes_the_reward():
@@ -72,7 +77,7 @@ def test_the_correction_changes_the_reward():
     with torch.no_grad():
         head.regression_layer.weight.copy_(torch.tensor([[1.0], [2.0]]))
         head.regression_layer.bias.zero_()
-    states = AnswerStates(torch.zeros(1, 1), torch.tensor([[1.0]]))
+    states = AnswerStates(torch.zeros(1, 1), torch.tensor([[1.0]]), torch.zeros(1, 1))
     assert head(states).item() == pytest.approx(0.5 * 1 + 0.5 * 2)
     head.reward_transform_matrix[1, 0] = -0.25  # a quarter of the second is taken from the first
     assert head(states).item() == pytest.approx(0.5 * (1 - 0.25 * 2) + 0.5 * 2)
@@ -94,30 +99,82 @@ def test_the_correction_for_length():
     assert torch.equal(correct_for_length(predicted, labels, debias="none"), torch.eye(count, dtype=torch.float64))
 
 
+def make_group(number, values, pairs):
+    """Return the states and comparisons of a clip whose answers' states are their objectives."""
+    answers = tuple((str(answer), True) for answer in range(len(values)))
+    return AnswerGroup(
+        Comparison(f"{number}", "p", "", ""),
+        answers,
+        tuple(pairs),
+        (None,) * len(pairs),
+        objectives=tuple(tuple(row) for row in values.tolist()),
+    )
+
+
 def test_the_weights_follow_the_request():
-    """With one request the first objective decides, with another the second; the states hold the objectives."""
-    torch.manual_seed(1)
-    count, states, groups = len(OBJECTIVES), [], []
+    """One request asks for more of the first objective, the other for more of the second, which is 1 minus the first.
+
+    Any fixed weights are therefore wrong in one half of the comparisons. The prompts' states show the clip alone.
+    """
+    generator = torch.Generator().manual_seed(1)
+    states, groups = [], []
     for number in range(60):
-        values = torch.rand(6, count)
-        request = torch.tensor([1.0, 0.0] if number % 2 else [0.0, 1.0])
-        states.append(AnswerStates(request.expand(6, 2), values))
+        values = torch.rand(6, len(OBJECTIVES), generator=generator)
+        values[:, 1] = 1 - values[:, 0]
+        request = torch.eye(2)[number % 2]
+        prompt = torch.randn(2, generator=generator)
+        states.append(AnswerStates(prompt.expand(6, 2), values, request.expand(6, 2)))
         order = values[:, number % 2].argsort(descending=True).tolist()
-        pairs = tuple(pairwise(order))
-        groups.append(
-            AnswerGroup(
-                Comparison(f"{number}", "p", "", ""),
-                tuple((str(answer), True) for answer in range(6)),
-                pairs,
-                (None,) * len(pairs),
-                objectives=tuple(tuple(row) for row in values.tolist()),
-            )
-        )
-    head = fit_objective_head(states, groups, ObjectiveConfig(debias="none"), seed=0)
-    weights = head.weights(AnswerStates(torch.eye(2), torch.zeros(2, count)))
-    assert weights.argmax(1).tolist() == [1, 0] and weights.max(1).values.min() > 0.6
-    fixed = fit_objective_head(states, groups, ObjectiveConfig(gate=False, debias="none"), seed=0)
-    equal = fixed.weights(AnswerStates(torch.eye(2), torch.zeros(2, count)))
-    assert torch.equal(equal[0], equal[1]) and equal[0, :2].min() > equal[0, 2:].max()
+        groups.append(make_group(number, values, list(pairwise(order))))
+    rights = []
+    for gate in (True, False):
+        head = fit_objective_head(states, groups, ObjectiveConfig(gate=gate, debias="none"))
+        margins = [
+            float(rewards[better] - rewards[worse])
+            for rewards, group in zip(map(head, states), groups, strict=True)
+            for better, worse in group.pairs
+        ]
+        rights.append(sum(margin > 0 for margin in margins) / len(margins))
+        weights = head.weights(AnswerStates(torch.zeros(2, 2), torch.zeros(2, len(OBJECTIVES)), torch.eye(2)))
+        assert weights.sum(1).tolist() == pytest.approx([1, 1])
+        assert torch.equal(weights[0], weights[1]) != gate
+        if gate:
+            assert weights[0, 0] > 0.8 and weights[1, 1] > 0.8
+    assert rights[0] == 1 and 0.4 < rights[1] < 0.6
     with pytest.raises(ValueError, match="pass --references"):
-        fit_objective_head(states, [replace(group, objectives=()) for group in groups], ObjectiveConfig(), seed=0)
+        fit_objective_head(states, [replace(group, objectives=()) for group in groups], ObjectiveConfig())
+
+
+def test_comparisons_are_not_learned_by_heart(monkeypatch):
+    """Each request is another, and comparisons are chance: the penalty, chosen by other clips, makes weights equal."""
+    generator = torch.Generator().manual_seed(2)
+    states, groups = [], []
+    for number in range(60):
+        values = torch.rand(2, len(OBJECTIVES), generator=generator)
+        request = torch.randn(80, generator=generator)
+        states.append(AnswerStates(request.expand(2, 80), values, request.expand(2, 80)))
+        groups.append(make_group(number, values, [(0, 1)]))
+
+    def spread():
+        head = fit_objective_head(states, groups, ObjectiveConfig(debias="none"))
+        weights = torch.cat([head.weights(one)[:1] for one in states])
+        return float(weights.std(0).max())
+
+    assert spread() < 0.02
+    monkeypatch.setattr(reward_heads, "GATE_STRENGTHS", (1e-6,))
+    assert spread() > 0.1
+
+
+def test_a_single_request_has_constant_weights():
+    """Its state is the same for all clips up to rounding, which must not be scaled up."""
+    generator = torch.Generator().manual_seed(3)
+    request, states, groups = torch.randn(80, generator=generator), [], []
+    for number in range(30):
+        values = torch.rand(4, len(OBJECTIVES), generator=generator)
+        rounded = request * (1 + 1e-7 * torch.randn(80, generator=generator))
+        states.append(AnswerStates(rounded.expand(4, 80), values, rounded.expand(4, 80)))
+        groups.append(make_group(number, values, list(pairwise(values[:, 2].argsort(descending=True).tolist()))))
+    head = fit_objective_head(states, groups, ObjectiveConfig(debias="none"))
+    other = AnswerStates(states[0].prompt, states[0].answer, 2 * request.flip(0).expand(4, 80))
+    assert head.weights(states[0])[0, 2] > 0.9
+    assert torch.allclose(head.weights(other), head.weights(states[0]), atol=1e-3)

@@ -130,9 +130,7 @@ def main(config: GateLabConfig) -> None:
         for asked, name in ((learned, "train"), (measured, "heldout"))
     )
     groups, training = [one.group for one in learned], RewardTrainingConfig()
-    gated, fixed = (
-        fit_objective_head(states, groups, ObjectiveConfig(gate=gate), seed=config.seed) for gate in (True, False)
-    )
+    gated, fixed = (fit_objective_head(states, groups, ObjectiveConfig(gate=gate)) for gate in (True, False))
     heads: dict[str, Head] = {
         "gate": gated,
         "fixed weights": fixed,

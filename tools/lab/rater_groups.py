@@ -35,7 +35,7 @@ from salmonn.preference.ideal_point import (
     fit_raters,
     sort_prototypes,
 )  # fmt: skip
-from salmonn.preference.reward_model import answer_states
+from salmonn.preference.states import answer_states
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import (

@@ -32,7 +32,7 @@ from salmonn.preference.benchmark_items import BenchmarkItem, clip_name, read_it
 from salmonn.preference.comparisons import compare_ratings
 from salmonn.preference.heads import fit_scalar_head
 from salmonn.preference.reward import JudgeReward
-from salmonn.preference.reward_model import answer_states
+from salmonn.preference.states import answer_states
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
