@@ -16,7 +16,7 @@ from salmonn.records import Caption, Modality
 from salmonn.synthetic.render import write_video
 from salmonn.synthetic.scene import SynthConfig
 
-PROBE_PROMPT = "Which sounds can be heard in this video? Describe the sounds only."
+_PROMPT = "Which sounds can be heard in this video? Describe the sounds only."
 _SECONDS, _SIDE = 3, 224
 # Log-probabilities of an answer differ between batches by rounding; a sound changes them by far more.
 _MIN_LOGPROB_GAP, _NOISE_FACTOR = 0.01, 10.0
@@ -36,14 +36,11 @@ class Hearing:
     answers: tuple[str, ...]
 
 
-def probe_hearing(
-    generator: Generator, *, prompt: str | None = PROBE_PROMPT, modality: Modality = "both", max_new_tokens: int = 32
-) -> Hearing:
+def probe_hearing(generator: Generator, *, modality: Modality = "both", max_new_tokens: int = 32) -> Hearing:
     """Measure whether a generator hears: with log-probabilities where it gives them, else by its answers alone.
 
     Args:
         generator: local model or client of a server.
-        prompt: prompt of the probe; None for the model's default.
         modality: what the model is given of the clips.
         max_new_tokens: token limit of an answer.
 
@@ -53,7 +50,7 @@ def probe_hearing(
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, logprobs=0)
     with TemporaryDirectory(prefix="salmonn-probe-") as folder:
         beeps, noise = write_probe_clips(Path(folder))
-        requests = [CaptionRequest(path, prompt, sampling, modality=modality) for path in (beeps, noise, beeps, noise)]
+        requests = [CaptionRequest(path, _PROMPT, sampling, modality=modality) for path in (beeps, noise, beeps, noise)]
         captions = [captions[0] for captions in generator.generate(requests)]
     return Hearing(_is_heard(captions), tuple(caption.text for caption in captions))
 

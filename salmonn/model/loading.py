@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
-from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from salmonn import dist
@@ -130,7 +130,7 @@ def load_config(path: Path | str, *, frames: Mapping[str, float] | None = None) 
     if not _is_ours(values):
         config = from_published(values)
         # Published generation uses the checkpoint's own defaults, except for sampling.
-        config.repetition_penalty = _read_optional(path, "generation_config.json").get("repetition_penalty") or 1.0
+        config.repetition_penalty = _read_generation_config(path).get("repetition_penalty") or 1.0
         return get_family(config).with_frames(frames)
     if (found := values.get("format")) != CONFIG_FORMAT:
         raise ValueError(
@@ -245,11 +245,11 @@ def _read_config_file(path: Path | str) -> dict[str, Any]:
     return values
 
 
-def _read_optional(path: Path | str, name: str) -> dict[str, Any]:
+def _read_generation_config(path: Path | str) -> dict[str, Any]:
     try:
-        file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(str(path), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
     except OSError as error:  # the hub could not be reached, so the file may exist
-        logger.warning("%s: cannot fetch %s, continuing without it: %s", path, name, error)
+        logger.warning("%s: cannot fetch %s, continuing without it: %s", path, GENERATION_CONFIG_NAME, error)
         return {}
     values: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     return values

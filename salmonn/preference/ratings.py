@@ -62,7 +62,7 @@ class Ratings:
     num_raters: int
 
 
-def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, seed: int = 0) -> Ratings | None:
+def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES) -> Ratings | None:
     """Fit ratings to the votes among feedback; None without votes on two whole captions.
 
     Intervals are estimate -+ t * standard error, the larger one of the bootstrap and of independent votes, with t of
@@ -86,12 +86,12 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, see
     outcome = np.array([{"first": 1.0, "second": 0.0}.get(vote.choice or "", 0.5) for vote, _ in votes])
     raters: dict[str, int] = {}
     cluster = np.array([raters.setdefault(vote.rater, len(raters)) for vote, _ in votes])
-    estimates = effects = _estimate(inputs, outcome, cluster, resamples=resamples, seed=seed)
+    estimates = effects = _estimate(inputs, outcome, cluster, resamples=resamples)
     totals = [[caption.total for caption in vote.captions] for vote, _ in votes]
     if all(total is not None for pair in totals for total in pair):
         difference = np.array(totals, dtype=np.float64) @ [-1, 1]
         scaled = difference / max(float(difference.std()), 1e-9)  # for the ridge
-        effects = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples, seed=seed)
+        effects = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples)
     is_compared = np.abs(inputs).sum(axis=0) > 0  # in the column of a model that has met itself only all are 0
     elo = {
         name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for name, index in column.items() if is_compared[index]
@@ -100,10 +100,10 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, see
     return Ratings(best_first, effects[-2], effects[-1], len(votes), len(raters))
 
 
-def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int, seed: int) -> list[Estimate]:
+def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int) -> list[Estimate]:
     """Fit all parameters (P,) of inputs (N, P), with their intervals."""
     fitted = _fit(inputs, outcome, np.ones((1, len(inputs))), start=np.zeros(inputs.shape[1]))[0]
-    error = _bootstrap_error(inputs, outcome, cluster, fitted, resamples=resamples, seed=seed)
+    error = _bootstrap_error(inputs, outcome, cluster, fitted, resamples=resamples)
     return [
         Estimate(float(value), float(value - reach), float(value + reach))
         for value, reach in zip(fitted, error, strict=True)
@@ -111,13 +111,13 @@ def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resam
 
 
 def _bootstrap_error(
-    inputs: Array, outcome: Array, cluster: NDArray[np.int_], fitted: Array, *, resamples: int, seed: int
+    inputs: Array, outcome: Array, cluster: NDArray[np.int_], fitted: Array, *, resamples: int
 ) -> Array:
     """Return half the width of the 95 % interval of each parameter, by resampling clusters of votes."""
     num_clusters = int(cluster.max()) + 1
     if num_clusters < 2:
         return np.full(inputs.shape[1], np.inf)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     fits = []
     chunk = max(_CHUNK // len(inputs), 1)
     for start in range(0, resamples, chunk):
