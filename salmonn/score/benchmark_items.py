@@ -14,21 +14,21 @@ from salmonn.score.llm_judge import Attempt, InvalidReplyError, ask_with_retries
 Reply = TypeVar("Reply")
 
 
-class BenchmarkItem(Protocol):
-    """A video of a benchmark; `video` is its file, relative to the folder of the videos."""
+class BenchmarkVideo(Protocol):
+    """Item of a captioning benchmark; `video` is its file, relative to the folder of the videos."""
 
     @property
     def video(self) -> str:
         """File of the video."""
 
 
-Item = TypeVar("Item", bound=BenchmarkItem)
+Item = TypeVar("Item", bound=BenchmarkVideo)
 ItemScore = TypeVar("ItemScore")
 # Asks the judge: system message, user message, JSON schema of the reply, parser that raises InvalidReplyError.
 Ask = Callable[[str, str, dict[str, Any], Callable[[str], Any]], Any]
 
 
-def match_captions(captions: Sequence[Caption], items: Sequence[BenchmarkItem], folder: Path) -> dict[str, str]:
+def match_captions(captions: Sequence[Caption], items: Sequence[BenchmarkVideo], folder: Path) -> dict[str, str]:
     """Return video of an item -> its caption; captions of other videos are left out.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salmonn.score import autodq, cloze, description_ratings, event_recall
-from salmonn.score.benchmark_items import BenchmarkItem
+from salmonn.score.benchmark_items import BenchmarkVideo
 from salmonn.score.formats import read_references
 
 
@@ -33,7 +33,7 @@ class Benchmark:
     title: str
     file: str
     judge: str
-    read: Callable[[Path], Sequence[BenchmarkItem]]
+    read: Callable[[Path], Sequence[BenchmarkVideo]]
     prompt: Callable[[Path], str] | None = None
     modality: str = "both"
     folder: Callable[[Path], Path] | None = lambda path: path.parent
