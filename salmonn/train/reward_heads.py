@@ -214,8 +214,14 @@ def fit_ridge(states: Tensor, labels: Tensor, *, validation: Tensor) -> tuple[Te
 def _ridge(states: Tensor, values: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     center, mean = states.mean(0), values.mean()
     centered = states - center
-    gram = centered.T @ centered + alpha * torch.eye(states.shape[1], dtype=states.dtype)
-    weight = torch.linalg.solve(gram, centered.T @ (values - mean))
+    # With fewer rows than columns, the smaller system: (X'X + alpha I)^-1 X' = X' (XX' + alpha I)^-1.
+    is_wide = len(centered) < centered.shape[1]
+    gram = centered @ centered.T if is_wide else centered.T @ centered
+    gram.diagonal().add_(alpha)
+    if is_wide:
+        weight = centered.T @ torch.linalg.solve(gram, values - mean)
+    else:
+        weight = torch.linalg.solve(gram, centered.T @ (values - mean))
     return weight, mean - weight @ center
 
 

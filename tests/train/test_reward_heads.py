@@ -58,6 +58,21 @@ def test_the_ridge_has_an_intercept_and_leaves_out_unknown_values():
     assert alone[0].tolist() == pytest.approx(weight[1].tolist(), abs=0.01)
 
 
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)], ids=["wide", "tall"])
+def test_the_ridge_minimizes_its_objective(shape):
+    """The gradient of |X w + b - y|^2 + alpha |w|^2 is 0, whichever of the two systems of equations is solved."""
+    torch.manual_seed(0)
+    states, values = torch.randn(shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
+    weight, bias = fit_ridge(states, values.unsqueeze(1), validation=torch.zeros(shape[0], dtype=torch.bool))
+    std, mean = torch.std_mean(states, dim=0)  # the strength is that for columns of deviation 1
+    standardized, scaled = (states - mean) / std, weight[0] * std
+    error = states @ weight[0] + bias - values
+    assert torch.allclose(
+        standardized.T @ error + reward_heads.ALPHAS[-1] * scaled, torch.zeros(shape[1], dtype=torch.float64)
+    )
+    assert error.mean().abs() < 1e-9 and scaled.abs().max() > 1e-4
+
+
 def test_weights_are_normalized_over_the_objectives():
     """Logits (log 2, 0, 0) and (0, log 8, 0): two requests, (2, k), over which ArmoRM's code would normalize."""
     gate = GatingNetwork((2, 3))
