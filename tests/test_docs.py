@@ -36,7 +36,7 @@ import pytest
 
 from salmonn import config
 from salmonn.cli.main import build_parser
-from salmonn.files import read_records, write_json, write_records, write_text
+from salmonn.files import read_json, read_records, write_json, write_records, write_text
 from salmonn.records import Caption, Reference
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig, make_clips
@@ -231,6 +231,15 @@ def known(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def published_model(random_plus, tmp_path_factory):
+    """A model in place of the published ones: random weights, which do not end an answer, and short answers."""
+    folder = tmp_path_factory.mktemp("models") / "published"
+    shutil.copytree(random_plus, folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"max_new_tokens": 16})
+    return folder
+
+
 def write_benchmark_data(folder):
     """Write some rows of the reward benchmark's data, and one in the format of RAG-RewardBench."""
     for name in ("reward_pairs", "reward_best_of_4"):
@@ -241,7 +250,7 @@ def write_benchmark_data(folder):
 
 
 @pytest.fixture
-def stage(known, random_plus, serve, tmp_path):
+def stage(known, published_model, serve, tmp_path):
     """A folder that has what the pages speak of, and the programs that they call; returns what runs a script there."""
     shutil.copytree(known, tmp_path / "clips")
     for name in ("recipes", "tools", "docs", "pyproject.toml", "Makefile", "salmonn"):
@@ -282,9 +291,10 @@ def stage(known, random_plus, serve, tmp_path):
             "python -m venv .venv": "true",
             "http://localhost:8000/v1": judge.url,
             "--base-url URL": f"--base-url {judge.url}",
+            "--clips 20 ": "--clips 3 ",  # which are captioned afterwards
         }.items():
             script = script.replace(said, meant)
-        script = re.sub(r"tsinghua-ee/\S+", str(random_plus), script)
+        script = re.sub(r"tsinghua-ee/\S+", str(published_model), script)
         script = re.sub(r"--port (8000|7860)", f"--port {run.port}", script)
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
