@@ -92,6 +92,7 @@ ELSEWHERE = {
     "python tools/merge.py": "tests/tools/test_merge.py",
     "python tools/export_lm.py": "tests/tools/test_export_lm.py",
     "python tools/raters.py": "tests/tools/test_raters.py",
+    "salmonn demo --reward-model run/raters": "tests/webui/test_answers.py",
     "salmonn votes run/votes": "tests/preference/test_feedback_report.py",
     "salmonn caption clips --out captions_by_ray.jsonl": "tests/batch/test_ray_cluster.py",
     "salmonn caption clips --out captions_by_vllm.jsonl": "tests/caption/test_real_vllm_captioner.py",

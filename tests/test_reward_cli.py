@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.cli.reward import best_captions, find_untested
+from salmonn.cli.reward import find_untested
 from salmonn.files import read_records, write_records
 from salmonn.model.fingerprint import hash_model
 from salmonn.preference.heads import ScalarHead
-from salmonn.preference.rating import Rating
+from salmonn.preference.rating import Rating, best_captions
 from salmonn.preference.reward_model import RewardInfo, head_width, save_reward_model
 from salmonn.records import Caption
 

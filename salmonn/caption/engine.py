@@ -208,9 +208,7 @@ class Engine:
         self.captioner.processor.check_prompt(prompt)
         if request.sampling and request.sampling.json_schema is not None:
             self.captioner.processor.json_grammars.check(request.sampling.json_schema)
-        read_spec = self.captioner.read_spec(request)
-        if self.max_seconds is not None:
-            read_spec = LimitedReadSpec(**vars(read_spec), max_seconds=self.max_seconds)
+        read_spec = self._read_spec(request)
         handle = GenerationHandle(self, num_samples=request.num_samples, on_event=on_event, adapter=adapter)
         with self._changed:
             if self._is_closing:
@@ -231,6 +229,26 @@ class Engine:
             raise Overloaded(SHUTTING_DOWN) from error
         handle.reading.add_done_callback(partial(self._enqueue, handle, request, prompt))
         return handle
+
+    def read(self, request: CaptionRequest) -> ClipInputs | ClipFeatures:
+        """Wait for the clip of a request to be read, and return it; if its features are cached, these.
+
+        Raises:
+            ClipError: the file cannot be read.
+            ValueError: the frames cannot be sampled as the request asks.
+            RuntimeError: the reader is closed.
+        """
+        read_spec = self._read_spec(request)
+        if (cached := self._cache.get(self._cache.key(request.path, read_spec))) is not None:
+            return cached
+        return self.reader.submit(request.path, read_spec, self.captioner.prepare).result()
+
+    def _read_spec(self, request: CaptionRequest) -> ReadSpec:
+        """Return what is read of a request's file, with the limit of its duration."""
+        read_spec = self.captioner.read_spec(request)
+        if self.max_seconds is None:
+            return read_spec
+        return LimitedReadSpec(**vars(read_spec), max_seconds=self.max_seconds)
 
     def _read(
         self, path: Path, read_spec: ReadSpec, prompt: Prompt, *, cached: ClipFeatures | None

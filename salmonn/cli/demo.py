@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from salmonn.caption.engine import Engine
     from salmonn.caption.loader import ClipReader
     from salmonn.preference.mixture import RaterGroup
+    from salmonn.webui.chooser import CaptionChooser
     from salmonn.webui.dataset import Dataset
     from salmonn.webui.scorer import CaptionScorer
     from salmonn.webui.session import AppState
@@ -41,7 +43,11 @@ def demo_parser() -> FlagParser:
     parser.add_argument("--other_model", type=str | None, default=None, help="second model, to compare with --model")
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
     parser.add_argument(
-        "--raters", type=Path | None, default=None, help="folder of an ideal-point reward model, to show its groups"
+        "--reward_model",
+        type=Path | None,
+        default=None,
+        help="folder of a reward model that was trained on one of these models, to show the best of several captions; "
+        "with an ideal-point one, the best for the visitor, and the groups of raters",
     )
     parser.add_argument(
         "--references", type=Path | None, default=None, help="references, matched to uploads by file name"
@@ -78,7 +84,7 @@ def run_demo(values: Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:  # checked before any model is loaded
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
-    groups = _read_groups(values.raters) if values.raters else []
+    groups = _read_groups(values.reward_model) if values.reward_model else []
     scorer = _open_scorer(values)
     captions, rewards = _open_captions(values)
     from salmonn.caption.loader import ClipReader
@@ -103,19 +109,45 @@ def run_demo(values: Namespace) -> int:
 
             dataset = Dataset(captions, feedback, reader, values.dataset_root, rewards)
         try:
+            if values.reward_model:
+                state = replace(state, chooser=_open_chooser(values.reward_model, state))
             _serve(values, state, accounts, groups, dataset)
         finally:
             state.close()
     return 0
 
 
+def _open_chooser(folder: Path, state: "AppState") -> "CaptionChooser":
+    """Load a reward model, whose base is a model of the web UI; raises ValueError if none is."""
+    from salmonn.model.fingerprint import hash_model
+    from salmonn.preference.reward_model import RewardModel, read_info
+    from salmonn.webui.chooser import CaptionChooser
+
+    info = read_info(folder)
+    for engine in state.engines.values():
+        if hash_model(engine.captioner.network) == info.base_fingerprint:
+            return CaptionChooser(RewardModel.load(folder, captioner=engine.captioner), engine, state.feedback)
+    raise ValueError(
+        f"{folder} was trained on {info.base}, whose weights none of the models here has: name that model with --model "
+        "or --other-model, or train the reward model again"
+    )
+
+
 def _read_groups(folder: Path) -> list["RaterGroup"]:
-    """Return the groups of raters of an ideal-point reward model; raises ValueError for another folder."""
+    """Return the groups of raters of a reward model, none if its reward is the same for all.
+
+    Raises:
+        ValueError: the folder holds no reward model, or one with an adapter.
+    """
     from salmonn.files import read_records
     from salmonn.preference.mixture import RATERS_NAME, Rater, group_raters
-    from salmonn.preference.reward_model import read_info
+    from salmonn.preference.reward_model import ADAPTER_DIR, read_info
 
-    prototypes = read_info(folder, kind="ideal-point").prototypes
+    prototypes = read_info(folder).prototypes
+    if (folder / ADAPTER_DIR).exists():
+        raise ValueError(
+            f"{folder} has an adapter, which would change the captions of its base: train one without --lora.rank"
+        )
     return group_raters(prototypes, read_records(folder / RATERS_NAME, Rater)) if prototypes else []
 
 

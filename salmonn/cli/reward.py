@@ -80,6 +80,8 @@ def run_reward(values: Namespace) -> int:
     else:
         sys.stdout.writelines(json.dumps(asdict(rating), ensure_ascii=False) + "\n" for rating in rated)
     if values.best:
+        from salmonn.preference.rating import best_captions
+
         write_records(values.best, best_captions(captions, ratings))
     if num_failed:
         sys.stderr.write(f"{plural(num_failed, 'video')} could not be read; the captions of the others are rated\n")
@@ -143,14 +145,13 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
     """
     from salmonn.preference.comparisons import group_comparisons, read_preferences
     from salmonn.preference.mixture import MixtureHead
-    from salmonn.preference.states import answer_rows, answer_states
     from salmonn.train.raters import collect_votes
 
     mixture = model.head
     assert isinstance(mixture, MixtureHead), "the flags have been checked"
     preferences = read_preferences(path)
     groups = group_comparisons(preferences.comparisons)
-    answer, prompt = [], []
+    encoded = []
     for group in tqdm(groups, desc="fitting to votes", unit="clip"):
         one = group.example
         clip = model.captioner.processor.read(
@@ -160,12 +161,10 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
             start_seconds=one.start_seconds,
             end_seconds=one.end_seconds,
         )
-        rows = answer_rows(group, prompt=one.prompt or model.captioner.default_prompt(one.modality))
-        states = answer_states(model.captioner, rows, [clip], pooling=model.info.pooling)
-        answer.append(states.answer)
-        prompt.append(states.prompt)
+        encoded.append(mixture.encode(model.group_states(group, clip)))
     votes = collect_votes(groups, dict.fromkeys((rater for group in groups for rater in group.raters), 0))
-    weights = mixture.fit_rater(answer, prompt, votes)
+    model.head = mixture.fit_rater(encoded, votes)
+    weights = model.head.weights.tolist()
     described = ", ".join(f"{number}: {100 * weight:.0f} %" for number, weight in enumerate(weights, start=1))
     sys.stderr.write(f"{plural(len(votes), 'vote')} of {path}; weights of the prototypes {described}\n")
 
@@ -221,15 +220,3 @@ def rate_clip(
             parts = ", ".join(f"{one.objective} {one.weight:.2f} x {one.value:.2f}" for one in contributions)
             sys.stderr.write(f"{caption.video} (sample {caption.sample}): {parts}\n")
     return model.rate(captions, lambda _: clip, caution=caution)
-
-
-def best_captions(captions: Sequence[Caption], ratings: Sequence["Rating | None"]) -> list[Caption]:
-    """Return the caption of each clip with the highest rating, the first of equal ones; an empty one only if alone."""
-    best: dict[tuple[object, ...], tuple[tuple[bool, float], Caption]] = {}
-    for caption, rating in zip(captions, ratings, strict=True):
-        if rating:
-            key = (caption.video, caption.prompt, caption.start_seconds, caption.end_seconds)
-            rank = (bool(caption.text.strip()), rating.value)
-            if key not in best or rank > best[key][0]:
-                best[key] = (rank, caption)
-    return [caption for _, caption in best.values()]

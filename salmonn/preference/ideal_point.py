@@ -99,6 +99,12 @@ class Encoded:
         """Return some of the captions."""
         return Encoded(self.points[index], None if self.prototypes is None else self.prototypes[index])
 
+    @classmethod
+    def join(cls, parts: Sequence["Encoded"]) -> "Encoded":
+        """Return the captions of all parts, of which there is at least one, in order."""
+        prototypes = [one.prototypes for one in parts if one.prototypes is not None]
+        return cls(torch.cat([one.points for one in parts]), torch.cat(prototypes) if prototypes else None)
+
 
 class IdealPointHead(nn.Module):
     """K prototypes of preference over the states of captions.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from salmonn.files import read_records
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.ideal_point import (
+    Encoded,
     Form,
     HeldoutAccuracy,
     IdealPointConfig,
@@ -114,23 +115,27 @@ class MixtureHead(nn.Module):
         self.head = head
         self.register_buffer("weights", weights.clone())
 
+    def encode(self, states: AnswerStates) -> Encoded:
+        """Return what the reward of any mixture is computed from."""
+        encoded: Encoded = self.head(states.answer.to(self.weights), states.prompt.to(self.weights))
+        return encoded
+
     def forward(self, states: AnswerStates) -> Tensor:
         """Return the rewards (B,)."""
-        encoded = self.head(states.answer.to(self.weights), states.prompt.to(self.weights))
-        return self.head.reward(encoded, self.weights)
+        return self.head.reward(self.encode(states), self.weights)
 
-    def fit_rater(self, answer: Sequence[Tensor], prompt: Sequence[Tensor], votes: Votes) -> list[float]:
-        """Fit and return the weights of one new rater; the rater ids in the votes are ignored.
+    def fit_rater(self, parts: Sequence[Encoded], votes: Votes) -> "MixtureHead":
+        """Return the head for one new rater; without votes, its weights are those of this head.
 
         Args:
-            answer, prompt: states of the captions, (R_i, P) and (R_i, D) of each clip; rows follow each other.
-            votes: the votes.
+            parts: the encoded captions; rows follow each other.
+            votes: the rater's votes; the ids in them are ignored.
         """
-        with torch.no_grad():
-            encoded = self.head(torch.cat(list(answer)).to(self.weights), torch.cat(list(prompt)).to(self.weights))
+        if not len(votes):
+            return self
+        encoded = Encoded.join(parts)
         weights = fit_new_rater(self.head, encoded.rows(votes.better), encoded.rows(votes.worse), self.weights)
-        self.weights.copy_(weights)
-        return [float(weight) for weight in weights]
+        return MixtureHead(self.head, weights)
 
 
 def make_mixture(info: PrototypeInfo, width: int) -> MixtureHead:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from salmonn.files import read_records, write_records
-from salmonn.records import Reference, Score, Unscored
+from salmonn.records import Caption, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
 
 
@@ -54,6 +54,18 @@ def rewards_by_sample(ratings: Sequence[Rating]) -> dict[tuple[str, int], float]
             raise ValueError(f"there are two rewards of {one.video}: rewards of segments cannot be distinguished")
         rewards[one.video, one.sample] = one.value
     return rewards
+
+
+def best_captions(captions: Sequence[Caption], ratings: Sequence[Rating | None]) -> list[Caption]:
+    """Return the caption of each clip with the highest rating, the first of equal ones; an empty one only if alone."""
+    best: dict[tuple[object, ...], tuple[tuple[bool, float], Caption]] = {}
+    for caption, rating in zip(captions, ratings, strict=True):
+        if rating:
+            key = (caption.video, caption.prompt, caption.start_seconds, caption.end_seconds)
+            rank = (bool(caption.text.strip()), rating.value)
+            if key not in best or rank > best[key][0]:
+                best[key] = (rank, caption)
+    return [caption for _, caption in best.values()]
 
 
 class Reward(ABC):

@@ -26,13 +26,13 @@ from salmonn.files import parse_json, temporary_path, write_json
 from salmonn.model.fingerprint import hash_model
 from salmonn.model.loading import Placement
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
-from salmonn.model.pooling import Pooling, pooled_width
+from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
-from salmonn.preference.comparisons import join_pair
+from salmonn.preference.comparisons import AnswerGroup, join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
 from salmonn.preference.rating import Rating, Reward
-from salmonn.preference.states import Clip, answer_states
+from salmonn.preference.states import Clip, answer_rows, answer_states
 from salmonn.records import Caption, Modality, Unscored
 from salmonn.score.judge import ScoringTask
 from salmonn.score.repetition import count_repeated_words
@@ -229,6 +229,11 @@ class RewardModel:
             [Contribution(*one) for one in zip(self.info.objectives, *row, strict=True)]
             for row in zip(values, weights, strict=True)
         ]
+
+    def group_states(self, group: AnswerGroup, clip: Clip) -> AnswerStates:
+        """Compute the states of a group's answers to its prompt, or to the default one if it is empty."""
+        prompt = group.example.prompt or self.captioner.default_prompt(group.example.modality)
+        return answer_states(self.captioner, answer_rows(group, prompt=prompt), [clip], pooling=self.info.pooling)
 
     def rows_of(
         self, captions: Sequence[Caption], features: Callable[[Caption], Clip]

@@ -32,7 +32,7 @@ from salmonn.webui.controls import (
     option_inputs,
     prompt_inputs,
 )
-from salmonn.webui.feedback_panel import FeedbackPanel, ShownCaption, count, show_caption
+from salmonn.webui.feedback_panel import FeedbackPanel, ShownCaption, check_rater, count, show_caption
 from salmonn.webui.rendering import (
     plural,
     render_analysis,
@@ -42,6 +42,7 @@ from salmonn.webui.rendering import (
     render_file_notice,
     render_note,
     render_placeholder,
+    render_reason,
     render_scored_caption,
     render_segments,
 )
@@ -50,7 +51,7 @@ from salmonn.webui.segments import SegmentList, join_captions, to_segment
 from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, error_message, to_caption
 
 logger = logging.getLogger(__name__)
-READING, WRITING = "Watching and listening", "Writing"
+READING, WRITING, CHOOSING = "Watching and listening", "Writing", "Choosing the best one"
 SEGMENT_UPDATE_SECONDS = 0.2  # between two updates of a list of segments, which may be long
 PLACEHOLDER = render_placeholder(
     "No caption yet",
@@ -61,8 +62,12 @@ REFERENCE_INFO = (
     "What happens in the video, one event per line; a line may begin with “seen:”, “heard:” or “said:”. Or a reference "
     "as JSON."
 )
+FOR_YOU = "Captions for you", "The best of {} captions, by your votes under Compare"
+BEST = "Best caption by reward", "The best of {} captions, by a reward model"
+NOT_CHOSEN = "Segments and answers to questions are not chosen among several: describe the whole clip for that."
 NOT_SCORED = "Captions by segment are not scored: choose the whole clip under Options."
 COPY = "(shown) => { window.salmonn.copy('#answer'); return [shown]; }"
+GET_RATER = "(isOn) => isOn ? window.salmonn.rater() : ''"
 HISTORY = "() => window.salmonn.renderHistory()"
 FORGET = "() => window.salmonn.forget()"
 
@@ -86,6 +91,7 @@ class CaptionTab:
                     with gr.Row(elem_classes=["card-footer"]):
                         self.status = gr.HTML("", elem_id="status")
                         self.copy = gr.Button("Copy", elem_id="copy", size="sm", visible=False, scale=0, min_width=90)
+                    self.reason = gr.HTML("", elem_id="reason")
                     self.downloads = gr.HTML("", elem_id="downloads")
                     self.chat = ChatPanel(state, self.requests)
                 self.rating = FeedbackPanel(state)
@@ -93,6 +99,7 @@ class CaptionTab:
         with gr.Column(elem_id="earlier"):
             self.history = gr.HTML("", elem_id="history")
             self.forget = gr.Button("Clear history", size="sm", elem_id="clear-history")
+        self.rater = gr.Textbox(visible=False)  # the browser's id, while captions for its user are wanted
         # Of an event in the browser. Gradio sorts inputs by their creation, and JavaScript expects this one last.
         self.time = gr.Number(visible=False)
         self._connect()
@@ -106,6 +113,11 @@ class CaptionTab:
             elem_classes=["pills"],
         )  # fmt: skip
         prompt = prompt_inputs()
+        label, info = FOR_YOU if state.chooser and state.chooser.is_personal else BEST
+        num_samples = state.chooser.num_samples if state.chooser else 0
+        self.for_you = gr.Checkbox(
+            False, label=label, info=info.format(num_samples), elem_id="for-you", visible=state.chooser is not None
+        )
         with gr.Row(elem_classes=["actions"]):
             self.start = gr.Button("Describe", variant="primary", elem_id="describe", scale=3)
             self.stop = gr.Button("Stop", elem_id="stop", visible=False, scale=1)
@@ -116,15 +128,19 @@ class CaptionTab:
             )
 
     def _connect(self) -> None:
-        inputs = {self.video, self.model, self.reference, *self.controls.components, self.time}
+        inputs = {
+            self.video, self.model, self.reference, *self.controls.components, self.for_you, self.rater, self.time,
+        }  # fmt: skip
         outputs = [
-            self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.downloads,
+            self.answer, self.status, self.reason, self.findings, self.start, self.stop, self.copy, self.downloads,
             *self.chat.outputs, *self.rating.outputs,
         ]  # fmt: skip
         described = self.start.click(self.describe, inputs, outputs, js=on_click("caption", reveal=".card"), **GENERATE)
         described.then(None, self.chat.entry, self.history, js=REMEMBER, **QUIET)
         self.stop.click(self.stop_request, None, None, **QUIET)
         clear_on_change(self.video, self.time, self.requests, tab="caption", cleared=self._no_answer())
+        if self.state.chooser and self.state.chooser.is_personal:
+            self.for_you.change(None, self.for_you, self.rater, js=GET_RATER, **QUIET)
         self.copy.click(self.count_copy, self.rating.caption, [self.status, self.rating.caption], js=COPY, **QUIET)
         self.chat.connect(time=self.time, history=self.history)
         self.forget.click(None, None, self.history, js=FORGET, **QUIET)
@@ -141,13 +157,20 @@ class CaptionTab:
             rule = self.controls.segment_rule(values)
             pasted = check_text(values[self.reference] or "", name="the reference")
             reference = parse_reference(pasted, video=path.name) or self.state.reference_of(path)
+            is_wanted = self.state.chooser is not None and values[self.for_you]
+            is_best = is_wanted and rule is None and caption_request.prompt is None
             yield self._clear_answer()
-            if rule is None:
+            if is_best:
+                rater = check_rater(values[self.rater])
+                captions = yield from self._stream_best(caption_request, model, active, rater=rater)
+            elif rule is None:
                 captions = yield from self._stream(caption_request, model, active)
             else:
                 captions = yield from self._stream_segments(caption_request, rule, model, active)
+            if is_wanted and captions and not is_best:
+                yield {self.reason: render_note(NOT_CHOSEN)}
             if captions and captions[0].text:
-                yield from self._complete(captions, caption_request, reference, active)
+                yield from self._complete(captions, caption_request, reference, active, is_best=is_best)
         except (ValueError, Overloaded, RuntimeError) as error:
             if not active.is_cancelled:
                 yield self._show_error(error_message(error, path))
@@ -186,6 +209,38 @@ class CaptionTab:
             self.answer: render_caption(caption.text, finished=caption.finished or answer is None)
             + render_file_notice(caption),
             self.status: " · ".join([*status, f"{seconds:.1f} s"]),
+            self.copy: gr.update(visible=bool(caption.text)),
+        } | self._enable()
+        return [caption]
+
+    def _stream_best(
+        self, caption_request: CaptionRequest, model: str, active: ActiveRequest, *, rater: str
+    ) -> Generator[Update, None, list[Caption]]:
+        """Generate several captions and show the best one for a person; return it, or nothing if it was stopped."""
+        chooser, begin = self.state.chooser, time.monotonic()
+        assert chooser is not None
+
+        def show(num_words: int, seconds: float) -> Update:
+            working = f"{WRITING} {chooser.num_samples} captions, {plural(num_words, 'word')}"
+            return {self.status: _busy(f"{working if num_words else READING}, {seconds:.0f} s")}
+
+        request = chooser.to_samples(caption_request)
+        answers = yield from self.state.collect_answers(request, [model] * chooser.num_samples, active, show)
+        if not answers:
+            if not active.is_cancelled:
+                yield self._no_answer() | {self.status: "stopped"}
+            return []
+        yield {self.status: _busy(CHOOSING)}
+        captions = [replace(to_caption(request, one, model), sample=number) for number, one in enumerate(answers)]
+        chosen = chooser.choose(captions, request, rater=rater)
+        if active.is_cancelled:
+            return []
+        caption = chosen.caption
+        status = [plural(len(caption.text.split()), "word"), escape(model), f"{time.monotonic() - begin:.1f} s"]
+        yield {
+            self.answer: render_caption(caption.text, finished=caption.finished) + render_file_notice(caption),
+            self.status: " · ".join(status),
+            self.reason: render_reason(chosen),
             self.copy: gr.update(visible=bool(caption.text)),
         } | self._enable()
         return [caption]
@@ -234,6 +289,8 @@ class CaptionTab:
         caption_request: CaptionRequest,
         reference: Reference | None,
         active: ActiveRequest,
+        *,
+        is_best: bool,
     ) -> Iterator[Update]:
         """Offer downloads, show events and score, then open the conversation."""
         path, joined = caption_request.path, join_captions(captions)
@@ -260,7 +317,12 @@ class CaptionTab:
             update |= self.chat.open(conversation)
             if joined.num_segments == 1 and not active.is_stopped:
                 known = self.state.reference_of(path)  # a visitor's own is only scored against
-                update |= self.rating.open(show_caption(self.state, joined, caption_request, known, tab="caption"))
+                request, best_of = caption_request, 1
+                if is_best and self.state.chooser:
+                    best_of = self.state.chooser.num_samples
+                    request = self.state.chooser.to_samples(replace(request, seed=request.seed + joined.sample))
+                shown = show_caption(self.state, joined, request, known, tab="caption", best_of=best_of)
+                update |= self.rating.open(shown)
             yield update
 
     def _render_downloads(self, captions: Sequence[Caption], path: Path) -> str:
@@ -287,7 +349,7 @@ class CaptionTab:
 
     def _close(self) -> Update:
         """Remove what belongs to a caption."""
-        return self.chat.close() | self.rating.close()
+        return {self.reason: ""} | self.chat.close() | self.rating.close()
 
     def stop_request(self, request: gr.Request) -> None:
         """Stop the session's request; the text so far is kept."""

@@ -1,10 +1,10 @@
 """The tab Compare: two captions of one clip, without their models; votes become training data."""
 
+import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from salmonn.webui.rendering import render_candidate, render_error, render_place
 from salmonn.webui.scorer import reference_caption
 from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, error_message, to_caption
 
+logger = logging.getLogger(__name__)
 PLACEHOLDER = render_placeholder(
     "Two captions, side by side", "Choose an example, or drop a video or sound file, then press Compare."
 )
@@ -166,7 +167,9 @@ class CompareTab:
         clear_on_change(self.video, self.time, self.requests, tab="compare", cleared=self._clear())
         for choice, button in self.votes.items():
             given: set[Any] = {self.comparison, self.edit, self.consent, self.rater}
-            button.click(self._on_vote(choice), given, outputs, js=WITH_RATER, **GENERATE)
+            voted = button.click(self._on_vote(choice), given, outputs, js=WITH_RATER, **GENERATE)
+            if self.state.chooser and self.state.chooser.is_personal:  # so that the next caption need not wait for it
+                voted.then(self.fit, self.rater, None, js="() => [window.salmonn.rater()]", **GENERATE)
         for button, side in ((self.from_first, "first"), (self.from_second, "second")):
             button.click(partial(_candidate_text, side), self.comparison, self.edit, **QUIET)
 
@@ -215,20 +218,15 @@ class CompareTab:
         self, caption_request: CaptionRequest, models: tuple[str, str], active: ActiveRequest
     ) -> Generator[Update, None, ComparisonState | None]:
         """Show the progress; return the comparison, or None if it was stopped or cancelled."""
-        answers: dict[int, Completion] = {}
-        begin, num_words = time.monotonic(), 0
-        with closing(self.state.stream_answers(caption_request, models)) as events:
-            for event in events:
-                if active.is_cancelled or active.is_stopped:
-                    return None
-                if event is None:
-                    # The number of words of both: that of each would tell which model wrote which caption.
-                    progress = f"Writing two captions, {num_words} words" if num_words else "Watching and listening"
-                    yield {self.status: f'<p class="lead busy">{progress}, {time.monotonic() - begin:.0f} s</p>'}
-                    continue
-                num_words += len(event[1].text.split())
-                if event[1].completion is not None:
-                    answers[event[0]] = event[1].completion
+
+        def show(num_words: int, seconds: float) -> Update:
+            # The number of words of both: that of each would tell which model wrote which caption.
+            progress = f"Writing two captions, {num_words} words" if num_words else "Watching and listening"
+            return {self.status: f'<p class="lead busy">{progress}, {seconds:.0f} s</p>'}
+
+        answers = yield from self.state.collect_answers(caption_request, models, active, show)
+        if not answers:
+            return None
         reference = None if caption_request.prompt else self.state.reference_of(caption_request.path)
         candidates = []
         for index, model in enumerate(models):
@@ -311,6 +309,14 @@ class CompareTab:
         finally:
             self.state.uploads.retain(session, "comparison", None)
         return self._reveal(comparison, vote, may_keep=may_keep)
+
+    def fit(self, rater: str | None) -> None:
+        """Read the clip of a new vote and fit the reward to it, for captions for the rater."""
+        try:
+            if self.state.chooser:
+                self.state.chooser.fit(check_rater(rater))
+        except (ValueError, OSError, RuntimeError) as error:  # the vote is saved
+            logger.warning("a reward could not be fitted to votes: %s", error)
 
     def _reveal(self, comparison: ComparisonState, vote: Feedback, *, may_keep: bool) -> Update:
         """Show the models, the scores and what became of the vote."""

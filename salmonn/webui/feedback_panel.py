@@ -62,6 +62,7 @@ def show_caption(
     reference: Reference | None,
     *,
     tab: Literal["caption", "write"],
+    best_of: int = 1,
 ) -> ShownCaption:
     """Count a caption as shown, and return what feedback on it needs.
 
@@ -71,18 +72,20 @@ def show_caption(
         request: its request.
         reference: reference of the video, if the operator knows it; never one that a visitor gave.
         tab: tab of the web UI.
+        best_of: number of captions that it was chosen from; results distinguish it from a single sample.
     """
     modality = caption.modality or "both"
     prompt = caption.prompt
     if not prompt:  # as generation does
         prompt = state.engines[caption.model or state.default_model].captioner.default_prompt(request.modality)
     temperature = request.sampling.temperature if request.sampling else 0.0
+    name = caption.model if best_of == 1 else f"{caption.model}, best of {best_of}"
     shown = ShownCaption(
         Feedback(
             utc_now(),
             "shown",
             caption.video,
-            Candidate(caption.model, caption.text, prompt, caption.finished, temperature, request.seed),
+            Candidate(name, caption.text, prompt, caption.finished, temperature, request.seed),
             tab=tab,
             modality=modality,
             start_seconds=caption.start_seconds,

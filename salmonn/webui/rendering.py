@@ -12,6 +12,7 @@ from salmonn.preference.mixture import RaterGroup
 from salmonn.records import Caption, Event, Score
 from salmonn.score.highlight import find_missed_events, highlight_caption
 from salmonn.templates import load_template
+from salmonn.webui.chooser import ChosenCaption
 from salmonn.webui.scorer import CaptionAnalysis
 from salmonn.webui.segments import Segment
 from salmonn.webui.session import error_message
@@ -69,6 +70,11 @@ def render_thread(turns: Sequence[tuple[str, str]], *, is_growing: bool = False)
 def render_note(sentence: str) -> str:
     """Render a sentence in small print."""
     return str(_macros().notes([sentence]))
+
+
+def render_reason(chosen: ChosenCaption) -> str:
+    """Render why a caption was chosen among several."""
+    return str(_macros().reason(chosen))
 
 
 def render_downloads(files: Mapping[str, str], *, stem: str) -> str:

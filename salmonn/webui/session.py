@@ -5,11 +5,12 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -23,10 +24,12 @@ from salmonn.preference.feedback import FeedbackStore
 from salmonn.records import Caption, Modality, Reference
 from salmonn.synthetic.render import make_clips, render_frames, sample_clip
 from salmonn.synthetic.scene import SynthConfig
+from salmonn.webui.chooser import CaptionChooser
 from salmonn.webui.scorer import CaptionScorer
 from salmonn.webui.uploads import UploadStore
 
 logger = logging.getLogger(__name__)
+Shown = TypeVar("Shown")
 POLL_SECONDS = 0.25  # between keep-alive messages while no text arrives
 UPDATE_SECONDS = 0.05  # between two updates of a growing answer
 SEGMENTS_AT_ONCE = 4  # of one user, so that others are not kept waiting
@@ -129,6 +132,7 @@ class AppState:
         feedback: store of people's feedback.
         examples: example clips.
         uploads: store of uploaded files.
+        chooser: chooses among sampled captions; None without a reward model.
     """
 
     engines: Mapping[str, Engine]
@@ -136,6 +140,7 @@ class AppState:
     feedback: FeedbackStore
     examples: Sequence[ExampleClip]
     uploads: UploadStore
+    chooser: CaptionChooser | None = None
 
     @property
     def default_model(self) -> str:
@@ -217,6 +222,40 @@ class AppState:
                 if event is None or completion or seconds - shown > UPDATE_SECONDS:
                     shown = seconds
                     yield progress
+
+    def collect_answers(
+        self,
+        request: CaptionRequest,
+        models: Sequence[str],
+        active: ActiveRequest,
+        show: Callable[[int, float], Shown],
+    ) -> Generator[Shown, None, list[Completion]]:
+        """Wait for the answers of models to a request, and return them; none if it is stopped or cancelled.
+
+        Args:
+            request, models: see `stream_answers`.
+            active: the request as its session stops or cancels it.
+            show: returns what is yielded at intervals, from the number of words of all answers so far and the seconds
+                since the request.
+
+        Raises:
+            Overloaded, ClipError, ValueError, RuntimeError: see `stream_answers`.
+        """
+        answers: dict[int, Completion] = {}
+        begin, num_words, shown = time.monotonic(), 0, 0.0
+        with closing(self.stream_answers(request, models)) as events:
+            for event in events:
+                if active.is_cancelled or active.is_stopped:
+                    return []
+                if event is not None:
+                    num_words += len(event[1].text.split())
+                    if event[1].completion is not None:
+                        answers[event[0]] = event[1].completion
+                seconds = time.monotonic() - begin
+                if event is None or seconds - shown > POLL_SECONDS:
+                    shown = seconds
+                    yield show(num_words, seconds)
+        return [answers[index] for index in range(len(models))]
 
     def split_clip(self, request: CaptionRequest, rule: SegmentRule, *, model: str) -> list[ClipJob]:
         """Split a request into one for each segment of its clip, as batch captioning does.

@@ -11,11 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.files import read_records, write_json, write_records, write_text
+from salmonn.model.fingerprint import hash_model
+from salmonn.preference.ideal_point import IdealPointConfig, IdealPointHead
+from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, Rater
 from salmonn.preference.rating import Rating
+from salmonn.preference.reward_model import RewardInfo, head_width, save_reward_model
 from salmonn.records import Caption, Failure, Reference
 from salmonn.score.metrics import Rates
 from salmonn.train.data import ClipSet
@@ -104,17 +109,35 @@ def write_dataset(folder: Path, clips: ClipSet) -> Path:
 
 
 @pytest.fixture(scope="package")
-def demo(tmp_path_factory, random_model, clips) -> Iterator[Demo]:
+def toy_reward(tmp_path_factory, toy) -> Path:
+    """A reward model of the toy model: prototype 1, with 3 of 4 parts of the mean rater, rewards tokens, 2 brevity."""
+    folder = tmp_path_factory.mktemp("toy_reward")
+    config, width = IdealPointConfig(hidden=1), head_width(toy, "rich")
+    head = IdealPointHead(width, prompt_width := head_width(toy, "last"), num_prototypes=2, config=config)
+    # Of the six figures at the end of the states, the fifth is the number of tokens.
+    for layer, weight in ((0, torch.eye(width)[-2:-1]), (3, torch.tensor([[1.0], [-1.0]]))):
+        head.project[layer].weight.data, head.project[layer].bias.data = weight, torch.zeros(len(weight))
+    sizes = (0.75, 0.25)
+    prototypes = PrototypeInfo("score", config.dim, 1, prompt_width, sizes, 0.8, ("words +1", "words -1"))
+    info = RewardInfo("ideal-point", "rich", "toy", hash_model(toy.network), prototypes=prototypes)
+    write_records(folder / RATERS_NAME, [Rater("a" * 32, sizes, num_votes=3)])
+    save_reward_model(folder, MixtureHead(head, torch.tensor(sizes)), info)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def demo(tmp_path_factory, random_model, clips, toy_reward) -> Iterator[Demo]:
     """A web UI with the toy model and a random one that never ends an answer; at the end it deletes all its files.
 
-    Its captions file is the one of `write_dataset`, beside its feedback.
+    Its captions file is the one of `write_dataset`, beside its feedback; its reward model is `toy_reward`.
     """
     folder = tmp_path_factory.mktemp("demo")
     (folder / "set").mkdir()
     dataset = write_dataset(folder / "set", clips)
     flags = ("--dataset", dataset, "--dataset-root", clips.root, "--rewards", dataset.with_name("rewards.jsonl"))
     command = (sys.executable, "-c", WITH_DRAFTS_IN_TURN)
-    demo = start_demo(folder, "--other_model", random_model, *flags, command=command)
+    models = ("--other_model", random_model, "--reward-model", toy_reward)
+    demo = start_demo(folder, *models, *flags, command=command)
     yield demo
     demo.process.send_signal(signal.SIGTERM)
     assert demo.process.wait(STEP_SECONDS) == 0

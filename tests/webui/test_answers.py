@@ -1,6 +1,7 @@
 """What a real browser does with answers: segments, further questions, recordings and the history."""
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from urllib.parse import unquote
 
@@ -8,6 +9,7 @@ import pytest
 
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.segments import FixedSegments
+from salmonn.preference.feedback import Candidate, Feedback, FeedbackStore, read_feedback, utc_now
 from salmonn.webui.rendering import render_thread
 from tests.score.browser import needs_browser
 from tests.webui.test_app import choose_example, describe, open_options
@@ -57,6 +59,33 @@ def test_captions_by_segment(visitor, toy, examples):
         page.get_by_role("button", name="Describe", exact=True).click()
         page.locator("#status").get_by_text("\N{MIDDLE DOT} 1 segment \N{MIDDLE DOT}").wait_for()
     page.get_by_label("Whole clip").first.check()
+
+
+def test_captions_for_a_visitor(visitor, toy, examples, demo):
+    """The longest of eight samples for the mean rater, and the shortest one after two votes for brevity."""
+    page, path = visitor.page, examples[0].path
+    choose_example(visitor, 1)
+    sampling = replace(toy.default_sampling(), temperature=0.8, top_p=0.9)
+    samples = [
+        one for (one,) in toy.generate([CaptionRequest(path, sampling=sampling, seed=seed) for seed in range(8)])
+    ]
+    lengths = {one.text: len(toy.processor.tokenizer(one.text).input_ids) for one in samples}
+    page.get_by_label("Captions for you").check()
+    reason = page.locator("#reason")
+    assert lengths[describe(visitor)] == max(lengths.values()) > min(lengths.values())
+    reason.get_by_text("The best of 8 captions for the mean rater, as there is no vote of yours yet").wait_for()
+    reason.get_by_text("Weights: prototype 1 (words +1) 75 %, prototype 2 (words -1) 25 %.").wait_for()
+    rater = page.evaluate("window.salmonn.rater()")
+    long, short = (Candidate("toy", one(lengths, key=lengths.__getitem__), "Describe it.") for one in (max, min))
+    vote = Feedback(utc_now(), "vote", path.name, long, short, "second", rater=rater)
+    for _ in range(2):
+        FeedbackStore(demo.votes).add(vote, path)
+    assert lengths[describe(visitor)] == min(lengths.values())
+    reason.get_by_text("The best of 8 captions for you, by 2 votes of yours").wait_for()
+    shown = [one.first for one in read_feedback(demo.votes) if one.action == "shown"][-1]
+    assert shown.name == "toy, best of 8 (temperature 0.8)"  # not one of the single samples in the results
+    page.get_by_label("Captions for you").uncheck()
+    assert describe(visitor) == toy.caption(path).text and reason.inner_text() == ""
 
 
 def ask(visitor, question):

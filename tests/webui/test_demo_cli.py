@@ -1,6 +1,7 @@
 """`salmonn demo` from the command line: invalid flags, and passwords."""
 
 import importlib.util
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import httpx
 import pytest
 
+from salmonn.caption.captioner import Captioner
 from tests.launch import forked
 from tests.limits import RUN_SECONDS, STEP_SECONDS
 from tests.webui.conftest import start_demo
@@ -22,7 +24,7 @@ from tests.webui.conftest import start_demo
         (["--other-model", "m", "--model", "m"], "--other-model is the same as --model"),
         (["--references", "absent.jsonl"], "absent.jsonl"),
         (["--model", "{folder}"], "{folder}"),
-        (["--raters", "{folder}"], "{folder} is not a reward model"),
+        (["--reward-model", "{folder}"], "{folder} is not a reward model"),
         (["--judge.kind", "openai"], "needs the name of a model"),
     ],
 )
@@ -30,6 +32,20 @@ def test_invalid_flags(call, tmp_path, flags, message):
     flags = [flag.format(folder=tmp_path) for flag in flags]
     code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", *flags)
     assert code == 2 and message.format(folder=tmp_path) in err and "Traceback" not in err
+
+
+def test_reward_models_that_cannot_be_used(call, tmp_path, random_model, toy_reward, monkeypatch):
+    """One of another base is refused once the models are loaded, one with an adapter before."""
+    flags = ("demo", "--port", "0", "--votes", tmp_path / "votes", "--model", random_model, "--reward-model")
+    code, _, err = call(*flags, toy_reward)
+    *_, message = err.splitlines()  # the progress of loading is before it
+    assert code == 2 and message.startswith(f"error: {toy_reward} was trained on toy, whose weights none of the models")
+    assert "name that model with --model or --other-model" in message and "Traceback" not in err
+    adapted = shutil.copytree(toy_reward, tmp_path / "adapted")
+    (adapted / "adapter").mkdir()
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: pytest.fail("no model must be loaded"))
+    code, _, err = call(*flags, adapted)
+    assert code == 2 and f"{adapted} has an adapter, which would change the captions of its base" in err
 
 
 def test_missing_gradio_is_reported_before_models_are_loaded(call, tmp_path, monkeypatch):

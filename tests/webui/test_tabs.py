@@ -14,7 +14,7 @@ from gradio.data_classes import FileData
 
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.streaming import Completion, TextDelta
-from salmonn.media.container import ClipShape
+from salmonn.media.container import ClipError, ClipShape
 from salmonn.model.layout import ClipInfo
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.feedback_pairs import to_comparisons
@@ -22,6 +22,7 @@ from salmonn.records import Caption, Mark
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.app import launch_options, load_results, load_run
 from salmonn.webui.caption_tab import CaptionTab
+from salmonn.webui.chooser import ChosenCaption
 from salmonn.webui.compare_tab import CompareTab, ComparisonState, ScoredCandidate
 from salmonn.webui.controls import QUESTION
 from salmonn.webui.feedback_panel import show_caption
@@ -201,6 +202,95 @@ def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monke
     answers = [update[caption_tab.answer] for update in updates if caption_tab.answer in update]
     assert len(answers) == 3 and "Lost 1 s of video" not in answers[0]
     assert all("Lost 1 s of video" in answer for answer in answers[1:])
+
+
+class Chooser:
+    """A fake chooser, which takes the last caption and fails to fit votes."""
+
+    is_personal, num_samples, raters = True, 3, ()
+
+    def to_samples(self, request):
+        return replace(request, sampling=replace(request.sampling, temperature=0.8))
+
+    def choose(self, captions, request, *, rater):
+        self.raters = (rater,)
+        return ChosenCaption(captions[-1], 2.0, 1.0, len(captions), 4, (("words +1", 1.0), ("words -1", 0.0)))
+
+    def fit(self, rater):
+        raise ClipError("it is damaged")
+
+
+@pytest.fixture
+def for_you(state, comparison, monkeypatch):
+    """A tab with a chooser, and a function that describes a video for a visitor and returns the updates."""
+    with gr.Blocks():
+        tab = CaptionTab(replace(state, chooser=Chooser()))
+    asked = []
+
+    def stream_answers(_, request, models):
+        asked.append((request.sampling.temperature, len(models)))
+        for number in range(len(models)):
+            text = f"A dog barks {number} times."
+            yield number, TextDelta(text, Completion(text, True))
+            yield None
+
+    monkeypatch.setattr(AppState, "stream_answers", stream_answers)
+    monkeypatch.setattr(AppState, "measure_seconds", lambda *_, **__: 3.0)
+    state.engines["one"].captioner.default_prompt = "Describe {}.".format
+    values = {tab.video: str(comparison.request.path), tab.model: "one", tab.reference: "", tab.time: 0.0}
+
+    def describe(**changes):
+        chosen = {tab.for_you: True, tab.rater: "a0" * 16}
+        return list(tab.describe(form_values(tab, **changes) | values | chosen, REQUEST))
+
+    return tab, asked, describe
+
+
+def last(updates, component):
+    return next(update[component] for update in updates[::-1] if component in update)
+
+
+def test_the_best_of_several_captions(for_you):
+    """It is rated as what it is: a sample with its own seed, chosen among three."""
+    tab, asked, describe = for_you
+    updates = describe(seed=5)
+    assert asked == [(0.8, 3)] and tab.state.chooser.raters == ("a0" * 16,)
+    assert "A dog barks 2 times." in last(updates, tab.answer)
+    reason = "The best of 3 captions for you</b>, by 4 votes of yours: reward +2.00, mean of all +1.00."
+    assert reason in last(updates, tab.reason)
+    assert any("Writing 3 captions, 15 words" in update.get(tab.status, "") for update in updates)
+    shown = last(updates, tab.rating.caption).shown.first
+    assert (shown.model, shown.temperature, shown.seed) == ("one, best of 3", 0.8, 7)
+    assert last(updates, tab.chat.conversation).request.sampling.temperature == 0.0  # questions are answered as usual
+
+
+def test_questions_are_answered_once(for_you):
+    tab, asked, describe = for_you
+    updates = describe(modality=QUESTION, question="Who barks?")
+    assert asked == [(0.0, 1)] and "are not chosen among several" in last(updates, tab.reason)
+
+
+def test_choosing_can_be_stopped(for_you, monkeypatch):
+    tab, _, describe = for_you
+    stream_answers = AppState.stream_answers
+
+    def stop_after_one(*arguments):
+        for event in stream_answers(*arguments):
+            yield event
+            tab.stop_request(REQUEST)
+
+    monkeypatch.setattr(AppState, "stream_answers", stop_after_one)
+    updates = describe()
+    assert last(updates, tab.status) == "stopped" and "No caption yet" in last(updates, tab.answer)
+    assert last(updates, tab.start)["interactive"] and not last(updates, tab.stop)["visible"]
+
+
+def test_a_reward_that_cannot_be_fitted_does_not_disturb_a_vote(state, caplog):
+    with gr.Blocks():
+        tab = CompareTab(replace(state, chooser=Chooser()))
+    for rater, message in (("a0" * 16, "it is damaged"), ("10.0.0.7", "The id of this browser is damaged")):
+        tab.fit(rater)
+        assert message.lower() in caplog.text.lower()
 
 
 @pytest.mark.parametrize("seconds", [3.0, 0.0])
