@@ -29,13 +29,14 @@ def setup(*, threads: int | None = None, deterministic: bool = False) -> None:
     """Join the process group that torchrun launched, if any, and set up logging, which only rank 0 does at info level.
 
     Args:
-        threads: CPU threads of this process; None divides the machine's cores among its local processes.
+        threads: CPU threads of this process; None takes OMP_NUM_THREADS, or divides the machine's cores among its local
+            processes.
         deterministic: use algorithms with a fixed order of sums on a GPU, where PyTorch has them, and warn elsewhere.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
+    torch.set_num_threads(threads or _default_threads())
     if world_size() > 1 and not torch_dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())  # otherwise every rank would compute on the first GPU
@@ -46,6 +47,14 @@ def setup(*, threads: int | None = None, deterministic: bool = False) -> None:
     handler = RichHandler(show_path=False, show_level=False, markup=False)
     logging.basicConfig(level=level, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # logs each request to a judge
+
+
+def _default_threads() -> int:
+    """Return OMP_NUM_THREADS, or this process's share of the cores: torchrun sets the variable to 1 on any machine."""
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if "RANK" not in os.environ and requested.isdecimal() and int(requested):
+        return int(requested)
+    return max(1, (os.cpu_count() or 1) // local_world_size())
 
 
 @cache

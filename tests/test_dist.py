@@ -208,6 +208,28 @@ def test_work_is_balanced_by_cost(monkeypatch):
     assert dist.balance([0, 0, 0, 0]) == [[0, 3], [1], [2]]
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 8),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "2,1"}, 8),  # by nesting level
+        ({"RANK": "0", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 4),  # as torchrun sets it on any machine
+    ],
+)
+def test_threads_of_a_process(monkeypatch, environment, expected):
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    used = []
+    monkeypatch.setattr(dist.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(dist.torch, "set_num_threads", used.append)
+    monkeypatch.setattr(dist.logging, "basicConfig", lambda **_: None)
+    dist.setup()
+    assert used == [expected]
+
+
 def test_deterministic_algorithms_are_chosen_before_cuda_starts(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(dist.logging, "basicConfig", lambda **_: None)
