@@ -230,12 +230,6 @@ def below(one: str, other: str, measure: str = "total") -> Value:
     return difference(percent(other, measure), percent(one, measure))
 
 
-def won_back(results: Results) -> float:
-    """Return the share of what rebirth loses in Total that a tailored teacher wins back, in %."""
-    lost = below("all_rounds", "tailor_none")(results)
-    return 100 * below("tailor_teacher", "tailor_none")(results) / lost
-
-
 def both(one: str, other: str) -> Value:
     """Return by how many points the sum of Total and Repetition of an arm is below that of another."""
     return lambda results: below(one, other)(results) + below(one, other, "repetition")(results)
@@ -335,8 +329,12 @@ ROWS = (
     Row("Total above plain rounds, points: <= 2", below("cycle_dpo", "nash"),
         lambda points: points <= 2),
     Row("**Rebirth**: Total, %", percent("tailor_none")),
-    Row("share of what it loses that `teacher` wins back, %: >= 33", won_back, lambda share: share >= 33),
+    Row("control: above the last round, points", below("all_rounds", "tailor_none")),
+    Row("`teacher` below `none`, points: >= 1.1, a third of the 3.3 that rebirth lost when this goal was set",
+        below("tailor_teacher", "tailor_none"), lambda points: points >= 1.1),
     Row("control: `random` below `none`, points", below("tailor_random", "tailor_none")),
+    Row("Repetition of `teacher` above `none`, points: <= 1", below("tailor_none", "tailor_teacher", "repetition"),
+        lambda points: points <= 1),
     Row("QA accuracy of `teacher` below `none`, points: <= 0.5", below("tailor_teacher", "tailor_none", "qa_accuracy"),
         lambda points: points <= 0.5),
     *(Row(f"{title} in the interval, % of 40 folders: >= 90 (nominal 95)", covered(name), lambda share: share >= 90)

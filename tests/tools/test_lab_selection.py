@@ -123,8 +123,9 @@ def test_claims_and_arms(tool, load_tool):
     ]  # fmt: skip
     assert rows["Repetition on the best quarter above all, points: <= 1"][:2] == ["0.5", "1.5"]
     # The third seed's run stopped without rebirth, so that nothing is known of it.
-    won = rows["share of what it loses that `teacher` wins back, %: >= 33"]
-    assert won == ["50.0", "", "", "yes (1 of 2 seeds)"]
+    (won,) = [row for text, row in rows.items() if text.startswith("`teacher` below `none`, points: >= 1.1")]
+    assert won == ["2.0", "", "", "yes (1 of 2 seeds)"]
+    assert rows["control: above the last round, points"][:2] == ["4.0", ""]
     assert rows["QA accuracy of `teacher` below `none`, points: <= 0.5"][-1] == "**no** (1 of 2 seeds)"
     assert rows["control: their captions' words above the start's: > 0"][1] == "3.0"
     assert rows["after three rounds, best quarter below all, points: >= 0"][-1] == "not run"
