@@ -4,7 +4,7 @@
 # make test-resume   kill a small run at 20 random moments, on one process and on two, and compare it with a whole run
 # make fuzz          1,000 broken and hostile files through `salmonn caption`
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
-# make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed (RECIPE=mrdpo_plain: with the papers' settings)
+# make proof         mrDPO at toy size on 3 seeds: 16 CPU minutes for each seed (RECIPE=mrdpo_plain: with the papers' settings)
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
 # make lab           what is claimed of pairs, losses, votes, rebirth and feedback, on 3 seeds next to controls; update docs/lab.md: two hours
 # make lab-rewards   what is claimed of reward models, on 3 seeds next to controls; update docs/lab.md: an estimated 90 minutes

@@ -101,7 +101,7 @@ class Encoded:
 
     @classmethod
     def join(cls, parts: Sequence["Encoded"]) -> "Encoded":
-        """Return the captions of all parts, of which there is at least one, in order."""
+        """Return the captions of all parts in order; there must be at least one part."""
         prototypes = [one.prototypes for one in parts if one.prototypes is not None]
         return cls(torch.cat([one.points for one in parts]), torch.cat(prototypes) if prototypes else None)
 
