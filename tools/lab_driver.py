@@ -114,12 +114,12 @@ class Lab:
         return list(chosen)
 
 
-def loop_flags(name: str, *flags: str, rounds: int = 3, rebirth: bool = False) -> Flags:
-    """Return the flags of an mrDPO run of the ablation's size."""
+def loop_flags(name: str, *flags: str, rounds: int = 3, rebirth: bool = False, config: Path = CONFIG) -> Flags:
+    """Return the flags of an mrDPO run, by default of the ablation's size."""
 
     def make(seed: int, out: Path) -> list[str]:
         shared = {
-            "config": CONFIG,
+            "config": config,
             "out": run_folder(name, seed, out),
             "clips_dir": out / "clips",
             "feature_cache.folder": out / "features",

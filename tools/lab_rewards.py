@@ -10,12 +10,22 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lab_driver import Lab, Part, Results, Row, copy_results, difference, loop_flags, run_folder, run_lab
+from lab_driver import ROOT, Lab, Part, Results, Row, copy_results, difference, loop_flags, run_folder, run_lab
 
 from salmonn.files import atomic_folder, write_text
 from salmonn.train.run_steps import SETTINGS_NAME
 
 NUM_LABELLED = 39  # of 230 clips in all three rounds: as many of the judge's calls as the reward model takes
+# The default recipe with as many clips as the ablation, and without early stopping: a worse model is a result too.
+RECIPE = ROOT / "recipes" / "configs" / "mrdpo.yaml"
+SIZE = (
+    "--synth.clips=230",
+    "--synth.questions=4",
+    "--heldout_clips=160",
+    "--early_stopping.min_pairs=1",
+    "--early_stopping.min_margin=null",
+    "--early_stopping.max_worsening=100",
+)
 # 58 * 8 + 2 * (23 * 8 + 14 * 4) = 944 of 5,520 ratings.
 MODEL = ("--reward.kind=model", "--reward.seed_clips=58", "--reward.refresh_clips=23", "--reward.audit_clips=14")
 
@@ -29,7 +39,7 @@ def labelled_flags(seed: int, out: Path) -> Sequence[str]:
     """Return the flags of a run on the labelled clips alone."""
     folder, heldout = out / "clips" / f"seed{200 + seed}-230", out / "clips" / f"seed{1000200 + seed}-160"
     files = (f"--references={folder / 'labelled.jsonl'}", f"--heldout_references={heldout / 'clips.jsonl'}")
-    return loop_flags("labelled", *files)(seed, out)
+    return loop_flags("labelled", *SIZE, *files, config=RECIPE)(seed, out)
 
 
 def write_labelled(seed: int, out: Path) -> None:
@@ -67,9 +77,13 @@ PARTS = {
         ],
         "seed_{seed}/benchmark.json",
     ),
-    "judge": Part("recipes/mrdpo.py", loop_flags("judge"), "loop/seed_{seed}/judge/summary.json"),
+    "judge": Part("recipes/mrdpo.py", loop_flags("judge", *SIZE, config=RECIPE), "loop/seed_{seed}/judge/summary.json"),
     "model": Part(
-        "recipes/mrdpo.py", loop_flags("model", *MODEL), "loop/seed_{seed}/model/summary.json", ("judge",), copy_judged
+        "recipes/mrdpo.py",
+        loop_flags("model", *SIZE, *MODEL, config=RECIPE),
+        "loop/seed_{seed}/model/summary.json",
+        ("judge",),
+        copy_judged,
     ),
     "labelled": Part(
         "recipes/mrdpo.py", labelled_flags, "loop/seed_{seed}/labelled/summary.json", ("judge",), write_labelled
@@ -77,15 +91,20 @@ PARTS = {
 }
 
 
-def last_total(results: Results, part: str) -> float:
-    """Return the held-out Total of a run after its last round, in %."""
-    return 100 * float(results[part]["rounds"][-1]["total"])
+def last_rate(results: Results, part: str, rate: str = "total") -> float:
+    """Return a held-out rate of a run after its last round, in %."""
+    return 100 * float(results[part]["rounds"][-1][rate])
+
+
+def more_repetition(part: str) -> Callable[[Results], float]:
+    """Return by how many points the held-out Repetition of a run after its last round is above the start's."""
+    return lambda results: last_rate(results, part, "repetition") - 100 * float(results[part]["sft"]["repetition"])
 
 
 def judge_gain(results: Results) -> float:
     """Return the share of the judge's gain in Total that the reward model reaches, in %."""
-    start, judge = 100 * results["judge"]["sft"]["total"], last_total(results, "judge")
-    return 100 * (start - last_total(results, "model")) / (start - judge)
+    start, judge = 100 * results["judge"]["sft"]["total"], last_rate(results, "judge")
+    return 100 * (start - last_rate(results, "model")) / (start - judge)
 
 
 def label_share(results: Results) -> float:
@@ -119,16 +138,20 @@ def gate(name: str) -> Callable[[Results], float]:
 CLAIMS, BLIND = "claims", "claims, blind"
 KNOWN, UNSEEN = ("K=2", "known", "mean"), ("K=2", "unseen", "20")
 ROWS = (
-    Row("**Instead of the judge**: Total after three rounds, %", lambda one: last_total(one, "model")),
-    Row("control: the judge on every caption", lambda one: last_total(one, "judge")),
-    Row("control: the judge's pairs of as many labelled captions, no model", lambda one: last_total(one, "labelled")),
+    Row("**Instead of the judge**: Total after three rounds, %", lambda one: last_rate(one, "model")),
+    Row("control: the judge on every caption", lambda one: last_rate(one, "judge")),
+    Row("control: the judge's pairs of as many labelled captions, no model", lambda one: last_rate(one, "labelled")),
     Row("share of the judge's calls, %", label_share),
     Row("share of the judge's gain, %: >= 80", judge_gain, lambda mean: mean >= 80),
     Row(
         "points below the same labels without a model: >= 3",
-        lambda one: last_total(one, "labelled") - last_total(one, "model"),
+        lambda one: last_rate(one, "labelled") - last_rate(one, "model"),
         lambda mean: mean >= 3,
     ),
+    Row("Repetition above the start's, points: <= 1", more_repetition("model"), lambda mean: mean <= 1),
+    Row("control: with the judge on every caption", more_repetition("judge")),
+    Row("Hallucination, %", lambda one: last_rate(one, "model", "hallucination")),
+    Row("control: Hallucination with the judge on every caption", lambda one: last_rate(one, "judge", "hallucination")),
     Row("**Heads that look**: pairs of held-out captions in the judge's order, 400 clips, %", head(CLAIMS, 0)),
     Row("control: trained and asked with another clip", head(BLIND, 0)),
     Row("control: the longer caption", head("longest", 0)),

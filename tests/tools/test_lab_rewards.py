@@ -3,7 +3,8 @@
 
 def run(*totals: float, judged: int = 0) -> dict:
     reward = [{"num_judged": judged, "num_captions": 100}] if judged else []
-    return {"sft": {"total": 0.6}, "rounds": [{"total": total} for total in totals], "reward": reward}
+    rounds = [{"total": total, "repetition": total / 10, "hallucination": 0.05} for total in totals]
+    return {"sft": {"total": 0.6, "repetition": 0.01}, "rounds": rounds, "reward": reward}
 
 
 def test_claims_with_a_control_and_a_gap(load_tool):
@@ -21,5 +22,6 @@ def test_claims_with_a_control_and_a_gap(load_tool):
     below = rows["points below the same labels without a model: >= 3"]
     assert below == ["4.0", "0.0", "2.0 (-23.4 to 27.4)", "**no**"]
     assert rows["share of the judge's calls, %"][:2] == ["17.0", "17.0"]
+    assert rows["Repetition above the start's, points: <= 1"] == ["1.8", "1.6", "1.7 (0.4 to 3.0)", "**no**"]
     (benchmark,) = [cells for text, cells in rows.items() if text.startswith("**Benchmark**")]
     assert benchmark == ["-0.40", "", "", "**no** (1 of 2 seeds)"]
