@@ -57,12 +57,12 @@ proof: setup
 ablation: setup
 	$(BIN)/python tools/ablation.py --seeds 2 3 4 --jobs $(PROCESSES)
 
+# All parts, or some of them: make lab PARTS="losses nash".
 lab: setup
-	$(BIN)/python tools/lab_selection.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md \
-	    --parts subset feedback game losses terms grpo votes rounds tailor
+	$(BIN)/python tools/lab_selection.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md $(if $(PARTS),--parts $(PARTS))
 
 lab-rewards: setup
-	$(BIN)/python tools/lab_rewards.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md
+	$(BIN)/python tools/lab_rewards.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md $(if $(PARTS),--parts $(PARTS))
 
 test-resume: setup
 	$(BIN)/python tools/resume.py --num-kills 20 --processes 1 2

@@ -122,6 +122,7 @@ PARTS: dict[str, Part] = {
     **arm("votes_margin", pairs=True),
     **arm("votes_diverse", pairs=True),
     **{name: part for kind, flags in LOSSES.items() for name, part in arm(kind, *flags, shared=PAIRS).items()},
+    **arm("clause", "--loss.per=clause"),
     **arm("all_rounds", shared=("sft", "round_1"), rounds=3),
     **arm("best_rounds", "--subset.keep=0.25", shared=("sft", "round_1"), source="best_quarter", rounds=3),
     **{
@@ -150,6 +151,7 @@ PARTS: dict[str, Part] = {
         for name, flags in (("nash", ("--loss.kind=nash", "--reference_policy=mixed")), ("cycle_dpo", ()))
         for part in arm(name, *NASH, *flags, shared=("round_1/captions.jsonl",), rounds=3).values()
     },
+    **arm("no_ce", "--loss.ce_weight=0", shared=PAIRS),
     **arm("grpo", "--loss.kind=grpo", "--loss.beta=0.04", "--loss.ce_weight=0", "--fit.batch_size=8"),
     "feedback": Part(
         "tools/lab/feedback.py",
@@ -162,9 +164,9 @@ GROUPS: dict[str, Sequence[str]] = {
                "votes_margin"),
     "feedback": ("feedback",),
     "game": ("game",),
-    "losses": tuple(LOSSES),
+    "losses": (*LOSSES, "clause"),
     "terms": ("votes_diverse", "margin_quarter"),
-    "grpo": ("grpo",),
+    "grpo": ("no_ce", "grpo"),
     "votes": ("noisy_400", "noisy_130", "noisy_50", "noisy_400_robust", "long_400"),
     "rounds": ("all_rounds", "best_rounds"),
     "tailor": ("tailor_none", "tailor_teacher", "tailor_random"),
@@ -186,6 +188,8 @@ TITLES = {
     "votes_diverse": "votes: 128 by margin and diversity",
     "ce_alone": "control: CE alone, without DPO",
     **{kind: f"`{kind}`" for kind in LOSSES if kind != "ce_alone"},
+    "clause": "`sigmoid`, and each clause that the judge marks (`--loss.per clause`)",
+    "no_ce": "DPO, no CE",
     "all_rounds": "all pairs, three rounds",
     "best_rounds": "best quarter, three rounds",
     "tailor_none": "rebirth",
@@ -304,8 +308,11 @@ ROWS = (
         lambda points: points >= 2),
     *(Row(f"`{kind}` below guided DPO, points: >= 2", below(kind, BASE), lambda points: points >= 2)
       for kind in LOSSES if kind != "ce_alone"),
+    Row("`sigmoid` with each marked clause below guided DPO, points: >= 2", below("clause", BASE),
+        lambda points: points >= 2),
     Row("**GRPO** below guided DPO at equal samples and steps, points: >= 0", below("grpo", BASE),
         lambda points: points >= 0),
+    Row("control: below DPO, also without CE", below("grpo", "no_ce")),
     Row("**Votes alone**: Total of 130 votes, %: <= 48", percent("noisy_130"), lambda total: total <= 48),
     Row("Total of 400 votes, %: <= 55", percent("noisy_400"), lambda total: total <= 55),
     Row("control: Total of 50 votes, %", percent("noisy_50")),
