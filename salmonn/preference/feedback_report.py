@@ -9,9 +9,8 @@ from statistics import fmean, median
 from salmonn.preference.feedback import Feedback
 from salmonn.preference.feedback_pairs import last_ratings, to_comparisons
 from salmonn.preference.ratings import Ratings, fit_ratings
-from salmonn.score.repetition import find_clauses
+from salmonn.score.persistence import share_kept
 from salmonn.score.stats import Interval, wilson_interval
-from salmonn.score.text_spans import find_quote
 
 NO_DRAFT = "(no draft)"
 
@@ -69,7 +68,7 @@ class ModelUse:
         accepted, edited: drafts that were accepted unchanged, or edited, among the drafts shown; the others were
             abandoned.
         num_texts: number of texts written, with this draft or without one.
-        persistence: mean share of a draft's clauses that are in the final text; None without drafts.
+        persistence: mean share of a draft's claims that the final text keeps (`share_kept`); None without drafts.
         seconds: median time until a text was done; None without texts.
         total: mean Total of the texts; None if none was scored.
     """
@@ -182,12 +181,6 @@ def _model_use(name: str, feedback: Sequence[Feedback]) -> ModelUse:
         seconds=median(seconds) if seconds else None,
         total=fmean(totals) if totals else None,
     )
-
-
-def share_kept(draft: str, text: str) -> float:
-    """Return the share of a draft's clauses whose words are in a text, in this order; 1 for a draft without clauses."""
-    clauses = [draft[start:end] for start, end in find_clauses(draft)]
-    return fmean(find_quote(clause, text) is not None for clause in clauses) if clauses else 1.0
 
 
 def _count_matchups(votes: Sequence[Feedback]) -> tuple[Matchup, ...]:

@@ -37,7 +37,7 @@ def count_repeated_words(text: str) -> tuple[int, int]:
     same. Parts of a sentence with fewer than 3 words count only directly after themselves. A phrase that occurs three
     times or more in a row within a clause counts from its second occurrence.
     """
-    clauses = _split_clauses(text)
+    clauses = list_clauses(text)
     num_repeated = sum(
         clause.num_words if is_repeated else _count_looped_words(clause.words)
         for clause, is_repeated in _mark_repeated(clauses, text)
@@ -48,7 +48,7 @@ def count_repeated_words(text: str) -> tuple[int, int]:
 def find_repeated_spans(text: str) -> list[CharSpan]:
     """Return the places of the words that `count_repeated_words` counts, from left to right."""
     spans = []
-    for clause, is_repeated in _mark_repeated(_split_clauses(text), text):
+    for clause, is_repeated in _mark_repeated(list_clauses(text), text):
         if is_repeated:
             spans.append((clause.start, clause.end))
         else:
@@ -61,7 +61,7 @@ def find_repeated_spans(text: str) -> list[CharSpan]:
 
 def find_clauses(text: str) -> list[CharSpan]:
     """Return the places of the clauses of a text, without the words that introduce them, from left to right."""
-    clauses = [(clause, _own_words(clause, text)) for clause in _split_clauses(text)]
+    clauses = [(clause, _own_words(clause, text)) for clause in list_clauses(text)]
     return [(words[0][0], max(clause.end, words[-1][1])) for clause, words in clauses if words]
 
 
@@ -72,7 +72,7 @@ def remove_clauses(text: str, spans: Sequence[CharSpan]) -> str:
     "A star appears, and a low tone is heard. The star moves." Clauses that another one depends on are kept: those
     before a pronoun ("it moves up") or a verb without a subject.
     """
-    clauses = _split_clauses(text)
+    clauses = list_clauses(text)
     places = [_own_words(clause, text) for clause in clauses]
     removed = [
         bool(words) and all(any(start <= word[0] and word[1] <= end for start, end in spans) for word in words)
@@ -101,25 +101,37 @@ def remove_clauses(text: str, spans: Sequence[CharSpan]) -> str:
     return kept.strip()
 
 
-def _own_words(clause: "_ClauseSpan", text: str) -> list[CharSpan]:
+def _own_words(clause: "ClauseSpan", text: str) -> list[CharSpan]:
     """Return the places of a clause's words without those that introduce it."""
     places = [word.span() for word in WORD.finditer(text, clause.start, clause.end)]
     return places[len(places) - len(clause.words.split()) :]
 
 
 @dataclass(frozen=True)
-class _ClauseSpan:
-    key: tuple[str, ...]  # own words without articles, after the subject's clause if it has no subject
+class ClauseSpan:
+    """A clause of a text.
+
+    Args:
+        key: own words, in lower case and without articles; after those of the clause whose subject it shares, if any.
+        words: own words, in lower case.
+        num_words: number of words, with those that introduce the clause.
+        start, end: place in the text, with the words that introduce it.
+        is_sentence: whether it is a whole sentence.
+        is_long: whether it is long enough to be compared with clauses elsewhere in the text.
+        is_dependent: whether it shares the subject of a clause before.
+    """
+
+    key: tuple[str, ...]
     words: str
     num_words: int
-    start: int  # place in the text
+    start: int
     end: int
-    is_sentence: bool = False  # a whole sentence
+    is_sentence: bool = False
     is_long: bool = False
-    is_dependent: bool = False  # shares the subject of the clause before
+    is_dependent: bool = False
 
 
-def _mark_repeated(clauses: list[_ClauseSpan], text: str) -> Iterator[tuple[_ClauseSpan, bool]]:
+def _mark_repeated(clauses: list[ClauseSpan], text: str) -> Iterator[tuple[ClauseSpan, bool]]:
     """Yield each clause, and whether all of it repeats an earlier one."""
     ends_properly = re.search(r"[.!?]\W*$", text) is not None
     seen: set[tuple[str, ...]] = set()
@@ -135,8 +147,9 @@ def _mark_repeated(clauses: list[_ClauseSpan], text: str) -> Iterator[tuple[_Cla
         seen.add(clause.key)
 
 
-def _split_clauses(text: str) -> list[_ClauseSpan]:
-    clauses: list[_ClauseSpan] = []
+def list_clauses(text: str) -> list[ClauseSpan]:
+    """Split a text at sentence ends, commas and conjunctions; a last one without words of its own has an empty key."""
+    clauses: list[ClauseSpan] = []
     subject, num_words, clause_start = "", 0, 0
     for sentence_start, sentence_end in _split(_SENTENCE_END, text, 0, len(text)):
         parts = [
@@ -159,11 +172,11 @@ def _split_clauses(text: str) -> list[_ClauseSpan]:
             is_long = is_pronoun or own.count(" ") + 1 >= _MIN_WORDS
             key = (subject, own) if shares_subject else (own,)
             clauses.append(
-                _ClauseSpan(key, " ".join(words), num_words, clause_start, end, is_sentence, is_long, shares_subject)
+                ClauseSpan(key, " ".join(words), num_words, clause_start, end, is_sentence, is_long, shares_subject)
             )
             num_words, is_first = 0, False
     if num_words:
-        clauses.append(_ClauseSpan(("",), "", num_words, clause_start, len(text)))
+        clauses.append(ClauseSpan(("",), "", num_words, clause_start, len(text)))
     return clauses
 
 

@@ -19,11 +19,12 @@ from statistics import fmean
 
 from salmonn.files import write_json
 from salmonn.preference.feedback import Candidate, Choice, Feedback
-from salmonn.preference.feedback_report import measure_agreement, share_kept
+from salmonn.preference.feedback_report import measure_agreement
 from salmonn.preference.ratings import Estimate, fit_ratings
 from salmonn.records import Caption, Event, Reference, Score
 from salmonn.score.highlight import Quote, locate_quotes
 from salmonn.score.judge import ScoringTask
+from salmonn.score.persistence import share_kept
 from salmonn.score.repetition import remove_clauses
 from salmonn.score.text_spans import CharSpan, find_quote
 from salmonn.synthetic.annotate import OMISSION_RATES
@@ -183,7 +184,7 @@ def true_agreement(clips: Clips, *, seed: int) -> float:
 
 
 def measure_writing(clips: Clips, *, seed: int, max_seconds: float) -> dict[str, dict[str, float]]:
-    """Return what becomes of each draft: final Total, seconds, share accepted, and share of its clauses kept."""
+    """Return what becomes of each draft: final Total, seconds, share accepted, and share of its claims kept."""
     results = {}
     for name in (NO_DRAFT, *QUALITIES):
         totals, seconds, accepted, kept = [], [], [], []
