@@ -27,6 +27,17 @@ from salmonn.files import read_json
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "ablation.yaml"
+RECIPE = ROOT / "recipes" / "configs" / "mrdpo.yaml"
+OUT = Path("run/lab")  # one folder, as the measurements share clips, features and the run of the default recipe
+# What the ablation changes in mrdpo_plain.yaml. A worse model is a result too, so no round stops early.
+SIZE = (
+    "--synth.clips=230",
+    "--synth.questions=4",
+    "--heldout_clips=160",
+    "--early_stopping.min_pairs=1",
+    "--early_stopping.min_margin=null",
+    "--early_stopping.max_worsening=100",
+)
 console = Console(width=160)
 Results = Mapping[str, Any]  # part -> what it has written
 Flags = Callable[[int, Path], Sequence[str]]
@@ -131,6 +142,16 @@ def loop_flags(name: str, *flags: str, rounds: int = 3, rebirth: bool = False, c
         return [*line, *flags] if rebirth else [*line, "--rebirth=null", *flags]
 
     return make
+
+
+def recipe_flags(name: str, *flags: str) -> Flags:
+    """Return the flags of three rounds of the default recipe, with as many clips as the ablation."""
+    return loop_flags(name, *SIZE, *flags, config=RECIPE)
+
+
+def recipe_part() -> Part:
+    """Return the run of the default recipe, whose results other runs share."""
+    return Part("recipes/mrdpo.py", recipe_flags("recipe"), "loop/seed_{seed}/recipe/summary.json")
 
 
 def run_folder(name: str, seed: int, out: Path) -> Path:

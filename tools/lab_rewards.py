@@ -1,6 +1,6 @@
 """Measure what is claimed of reward models on several seeds, each claim with its control: `make lab-rewards`.
 
-    python tools/lab_rewards.py --seeds 2 3 4 --jobs 2 --out run/lab/reward --document docs/lab.md
+    python tools/lab_rewards.py --seeds 2 3 4 --jobs 2 --out run/lab --document docs/lab.md
 
 Runs the tools of lab/ and recipes/mrdpo.py for each seed, and writes one table between the marks of the document.
 Finished parts are skipped: run the same command again to resume.
@@ -10,22 +10,24 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lab_driver import ROOT, Lab, Part, Results, Row, copy_results, difference, loop_flags, run_folder, run_lab
+from lab_driver import (
+    OUT,
+    Lab,
+    Part,
+    Results,
+    Row,
+    copy_results,
+    difference,
+    recipe_flags,
+    recipe_part,
+    run_folder,
+    run_lab,
+)
 
 from salmonn.files import atomic_folder, write_text
 from salmonn.train.run_steps import SETTINGS_NAME
 
 NUM_LABELLED = 39  # of 230 clips in all three rounds: as many of the judge's calls as the reward model takes
-# The default recipe with as many clips as the ablation, and without early stopping: a worse model is a result too.
-RECIPE = ROOT / "recipes" / "configs" / "mrdpo.yaml"
-SIZE = (
-    "--synth.clips=230",
-    "--synth.questions=4",
-    "--heldout_clips=160",
-    "--early_stopping.min_pairs=1",
-    "--early_stopping.min_margin=null",
-    "--early_stopping.max_worsening=100",
-)
 # 58 * 8 + 2 * (23 * 8 + 14 * 4) = 944 of 5,520 ratings.
 MODEL = ("--reward.kind=model", "--reward.seed_clips=58", "--reward.refresh_clips=23", "--reward.audit_clips=14")
 
@@ -39,7 +41,7 @@ def labelled_flags(seed: int, out: Path) -> Sequence[str]:
     """Return the flags of a run on the labelled clips alone."""
     folder, heldout = out / "clips" / f"seed{200 + seed}-230", out / "clips" / f"seed{1000200 + seed}-160"
     files = (f"--references={folder / 'labelled.jsonl'}", f"--heldout_references={heldout / 'clips.jsonl'}")
-    return loop_flags("labelled", *SIZE, *files, config=RECIPE)(seed, out)
+    return recipe_flags("labelled", *files)(seed, out)
 
 
 def write_labelled(seed: int, out: Path) -> None:
@@ -55,7 +57,7 @@ def copy_judged(seed: int, out: Path) -> None:
     target = run_folder("model", seed, out)
     if not target.exists():
         with atomic_folder(target) as folder:
-            copy_results(run_folder("judge", seed, out), folder, (SETTINGS_NAME, "sft", "round_1/captions.jsonl"))
+            copy_results(run_folder("recipe", seed, out), folder, (SETTINGS_NAME, "sft", "round_1/captions.jsonl"))
 
 
 PARTS = {
@@ -77,10 +79,10 @@ PARTS = {
         ],
         "seed_{seed}/benchmark.json",
     ),
-    "judge": Part("recipes/mrdpo.py", loop_flags("judge", *SIZE, config=RECIPE), "loop/seed_{seed}/judge/summary.json"),
+    "judge": recipe_part(),
     "model": Part(
         "recipes/mrdpo.py",
-        loop_flags("model", *SIZE, *MODEL, config=RECIPE),
+        recipe_flags("model", *MODEL),
         "loop/seed_{seed}/model/summary.json",
         ("judge",),
         copy_judged,
@@ -198,7 +200,7 @@ ROWS = (
 )
 
 
-LAB = Lab("lab-rewards", Path("run/lab/reward"), PARTS, {name: (name,) for name in PARTS}, ROWS)
+LAB = Lab("lab-rewards", OUT, PARTS, {name: (name,) for name in PARTS}, ROWS)
 
 
 def main(args: Sequence[str] | None = None) -> None:

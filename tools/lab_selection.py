@@ -1,6 +1,6 @@
 """Measure what is claimed of pairs, losses, votes, Nash learning, rebirth and feedback, with controls: `make lab`.
 
-    python tools/lab_selection.py --seeds 2 3 4 --jobs 2 --out run/lab/selection --document docs/lab.md
+    python tools/lab_selection.py --seeds 2 3 4 --jobs 2 --out run/lab --document docs/lab.md
     python tools/lab_selection.py --parts subset losses      # some of the parts
 
 Each arm is a run of recipes/mrdpo.py, of the ablation's size, or of a tool of lab/. Arms of a seed share the clips, the
@@ -13,7 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab_driver import Lab, Part, Results, Row, copy_results, difference, loop_flags, run_folder, run_lab
+from lab_driver import (
+    OUT,
+    Lab,
+    Part,
+    Results,
+    Row,
+    copy_results,
+    difference,
+    loop_flags,
+    recipe_flags,
+    recipe_part,
+    run_folder,
+    run_lab,
+)
 
 from salmonn.files import atomic_folder
 from salmonn.train.data import CLIPS_NAME
@@ -50,6 +63,7 @@ def arm(
     rounds: int = 1,
     pairs: bool = False,
     rebirth: bool = False,
+    recipe: bool = False,
 ) -> dict[str, Part]:
     """Return an arm that is a run of mrDPO.
 
@@ -61,9 +75,10 @@ def arm(
         rounds: number of rounds.
         pairs: train the first round on the pairs of this name that vote_pairs.py has written.
         rebirth: run rebirth.
+        recipe: run three rounds of the default recipe.
     """
     needs = (source, "pairs") if pairs else (source,)
-    make_flags = loop_flags(name, *flags, rounds=rounds, rebirth=rebirth)
+    make_flags = recipe_flags(name, *flags) if recipe else loop_flags(name, *flags, rounds=rounds, rebirth=rebirth)
     result = f"loop/seed_{{seed}}/{name}/summary.json"
     return {name: Part("recipes/mrdpo.py", make_flags, result, needs, copied_from(source, name, shared, pairs=pairs))}
 
@@ -133,6 +148,9 @@ PARTS: dict[str, Part] = {
             rebirth=True,
         ).items()
     },
+    "recipe": recipe_part(),
+    **arm("recipe_ce", "--loss.beta=1e-6", source="recipe", shared=PAIRS, recipe=True),
+    **arm("recipe_dpo", "--loss.ce_weight=0", source="recipe", shared=PAIRS, recipe=True),
     **voted("noisy_50", "noisy", 50),
     **voted("noisy_130", "noisy", 130),
     **voted("noisy_400", "noisy", 400),
@@ -169,6 +187,7 @@ GROUPS: dict[str, Sequence[str]] = {
     "grpo": ("no_ce", "grpo"),
     "votes": ("noisy_400", "noisy_130", "noisy_50", "noisy_400_robust", "long_400"),
     "rounds": ("all_rounds", "best_rounds"),
+    "recipe": ("recipe", "recipe_ce", "recipe_dpo"),
     "tailor": ("tailor_none", "tailor_teacher", "tailor_random"),
     "nash": ("game", "nash", "cycle_dpo"),
 }  # fmt: skip
@@ -192,6 +211,9 @@ TITLES = {
     "no_ce": "DPO, no CE",
     "all_rounds": "all pairs, three rounds",
     "best_rounds": "best quarter, three rounds",
+    "recipe": "default recipe (`mrdpo.yaml`), three rounds",
+    "recipe_ce": "control: its CE alone, without DPO",
+    "recipe_dpo": "control: its DPO without CE",
     "tailor_none": "rebirth",
     "tailor_teacher": "rebirth, `teacher`",
     "tailor_random": "rebirth, control `random`",
@@ -292,6 +314,11 @@ ROWS = (
         difference(percent("best_quarter", "repetition"), percent(BASE, "repetition")), lambda points: points <= 1),
     Row("after three rounds, best quarter below all, points: >= 0", below("best_rounds", "all_rounds"),
         lambda points: points >= 0),
+    Row("**Default recipe**: Total after three rounds, %", percent("recipe")),
+    Row("below its CE alone, without DPO, points: >= 2", below("recipe", "recipe_ce"), lambda points: points >= 2),
+    Row("below its CE alone in Total + Repetition, points: >= 2", both("recipe", "recipe_ce"),
+        lambda points: points >= 2),
+    Row("below its DPO without CE, points: >= 0", below("recipe", "recipe_dpo"), lambda points: points >= 0),
     Row("**Subset, noisy votes**: Total after one round on 128 of all pairs, %", percent("votes_full")),
     Row("control: 128 random ones", percent("votes_random")),
     Row("below random ones, points: >= 8", below("votes_full", "votes_random"), lambda points: points >= 8),
@@ -377,7 +404,7 @@ def format_value(measure: str, value: float | None) -> str:
     return f"{value:.3f}" if measure == "kl" else f"{value:.1f}" if measure == "words" else f"{100 * value:.1f}"
 
 
-LAB = Lab("lab", Path("run/lab/selection"), PARTS, GROUPS, ROWS, arms_table)
+LAB = Lab("lab", OUT, PARTS, GROUPS, ROWS, arms_table)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Play the game of the voter `cycle` on a table: today's rounds, a frozen reference, and Nash learning. No model.
 
-    python tools/lab/cyclic_game.py --facts run/lab/selection/pairs/seed_2/facts.json --seed 2 --out game.json
+    python tools/lab/cyclic_game.py --facts run/lab/pairs/seed_2/facts.json --seed 2 --out game.json
 
 A policy is a distribution over phrases for sounds, which starts at that of a model's samples. A round draws 8 samples
 for each of 230 clips, a vote between each two of a clip, and moves the policy to the exact solution of its regression

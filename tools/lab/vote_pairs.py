@@ -1,7 +1,7 @@
 """Write the pairs of `lab_selection.py`: a simulated voter's choices among a round's captions, and controls.
 
-    python tools/lab/vote_pairs.py --round run/lab/selection/loop/seed_2/all/round_1 \\
-        --references run/lab/selection/clips/seed202-230/clips.jsonl --seed 2 --out run/lab/selection/pairs/seed_2
+    python tools/lab/vote_pairs.py --round run/lab/loop/seed_2/all/round_1 \\
+        --references run/lab/clips/seed202-230/clips.jsonl --seed 2 --out run/lab/pairs/seed_2
 
 The pool has all pairs of unlike captions of a clip, each decided by one vote; its margin is the judge's difference in
 Total. Of these, 128 are chosen in five ways. `random_quarter` is a random quarter of the round's own pairs.

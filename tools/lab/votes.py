@@ -1,7 +1,7 @@
 """Train on simulated people's votes alone, by recipes/dpo.py, and evaluate the model on held-out clips.
 
-    python tools/lab/votes.py --captions run/lab/selection/loop/seed_2/all/round_1/captions.jsonl --seed 2 \\
-        --votes 400 --out run/lab/selection/votes/seed_2/noisy_400 [--loss.kind=robust --loss.label_smoothing=0.3]
+    python tools/lab/votes.py --captions run/lab/loop/seed_2/all/round_1/captions.jsonl --seed 2 \\
+        --votes 400 --out run/lab/votes/seed_2/noisy_400 [--loss.kind=robust --loss.label_smoothing=0.3]
 
 Ten people of one kind vote on captions of a round, and nothing else is trained on: no reference caption, no reward. The
 judge is used to measure only. Unknown flags are passed on to the recipe.
