@@ -10,11 +10,11 @@ from statistics import fmean
 from salmonn.score.repetition import list_clauses
 
 # Words that a claim does not depend on: pronouns, auxiliaries, and "one", which is like an article.
-_FILLERS = frozenset(
-    "it they he she this these that which who there one is are was were be been being has have had do does did can "
-    "could will would".split()
-)
-_NUMBERS = dict(zip("23456789", "two three four five six seven eight nine".split(), strict=True))
+_FILLERS = frozenset((
+    "it", "they", "he", "she", "this", "these", "that", "which", "who", "there", "one", "is", "are", "was", "were",
+    "be", "been", "being", "has", "have", "had", "do", "does", "did", "can", "could", "will", "would",
+))  # fmt: skip
+_NUMBERS = dict(zip("23456789", ("two", "three", "four", "five", "six", "seven", "eight", "nine"), strict=True))
 # A claim with one of these more, or less, is another claim.
 _DECISIVE = frozenset((*_NUMBERS.values(), "ten", "no", "not", "never", "without", "nothing", "nobody"))
 _NOT = re.compile(r"(?:\bca|\bwo)?n['\u2019]t\b|\bcannot\b")
@@ -42,7 +42,7 @@ def share_kept(draft: str, text: str) -> float:
     A clause is kept if one clause of the text has all of its words. Articles, pronouns, auxiliaries and regular endings
     do not count; more words are allowed, except for numbers and negations. Words must have the same order, but the
     clause may start with another of its words ("in the park a dog barks"), and adverbs in -ly may move. So "a cat
-    chases a dog" does not keep "a dog chases a cat". Of a clause without its own subject, the subject must be kept, too.
+    chases a dog" does not keep "a dog chases a cat". The subject of "it moves up" must be kept, too.
 
     Synonyms, irregular forms ("sang") and passives count as lost, and an object that moved to another one's colour
     may count as kept: this is a measure of how much was changed, not a judge.
