@@ -27,6 +27,7 @@ from salmonn.preference.feedback import read_feedback
 from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
 from salmonn.preference.losses import UNPAIRED_LOSSES, LossConfig, Role, make_loss
 from salmonn.preference.subset import SubsetConfig
+from salmonn.preference.taste import fit_taste
 from salmonn.records import Comparison
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import ClipSource, check_texts, require_files
@@ -59,7 +60,7 @@ class OfflineDpoConfig(RunConfig):
             The cross-entropy is on what people wrote and on reference captions, where there are any.
         root: folder that the paths of the videos start from; by default the folder of `preferences`, or the
             folder `feedback`.
-        subset: subset of the preferences that is trained on.
+        subset: subset of the preferences that is trained on. Votes get margins for it from the taste of the voters.
         loss: loss.
         lora: adapter.
         fit: optimization.
@@ -198,7 +199,12 @@ def load_feedback(
         ValueError: there is no feedback to train on.
     """
     assert config.feedback
-    comparisons, unused = to_comparisons(read_feedback(config.feedback), unpaired=config.loss.kind in UNPAIRED_LOSSES)
+    feedback, margins = read_feedback(config.feedback), None
+    if config.subset.keep is not None:
+        taste = fit_taste(feedback)
+        log.info("%s: %s", config.feedback, taste.describe())
+        margins = taste.margins
+    comparisons, unused = to_comparisons(feedback, unpaired=config.loss.kind in UNPAIRED_LOSSES, margins=margins)
     usable = []
     for one in comparisons:
         try:

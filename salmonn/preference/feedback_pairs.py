@@ -1,7 +1,7 @@
 """People's feedback as comparisons to train on: votes, edits, what is missing, and ratings. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from salmonn.preference.feedback import COUNTED_ONLY, Candidate, Feedback, find_unused_reason
@@ -11,7 +11,9 @@ from salmonn.score.repetition import remove_clauses
 ClipKey = tuple[str, Modality, float | None, float | None, str]  # video, modality, start, end, prompt
 
 
-def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> tuple[list[Comparison], Counter[str]]:
+def to_comparisons(
+    feedback: Sequence[Feedback], *, unpaired: bool = False, margins: Mapping[Feedback, float] | None = None
+) -> tuple[list[Comparison], Counter[str]]:
     """Return feedback as comparisons, and reason -> number of records that cannot be used.
 
     - A vote prefers one of two captions. The ground truth is the person's text.
@@ -30,10 +32,12 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
     Args:
         feedback: feedback; the videos of the comparisons are relative to its folder.
         unpaired: return each rated caption separately, for losses that need no pairs.
+        margins: vote -> margin of its comparison (`salmonn.preference.taste`); without, votes have none.
     """
     unused = Counter(reason for one in feedback if (reason := find_unused_reason(one)))
     usable = [one for one in feedback if one.action not in COUNTED_ONLY and not find_unused_reason(one)]
-    comparisons = [comparison for one in usable for comparison in _own_comparisons(one)]
+    margins = margins or {}
+    comparisons = [comparison for one in usable for comparison in _own_comparisons(one, margins.get(one))]
     ratings = last_ratings(usable)
     comparisons += [_correct(one) for one in ratings if one.missing]
     rated = _collect_ratings(usable)
@@ -78,10 +82,11 @@ def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]
     return f"{text}; not used: {reasons}" if reasons else text
 
 
-def _own_comparisons(one: Feedback) -> list[Comparison]:
+def _own_comparisons(one: Feedback, margin: float | None) -> list[Comparison]:
     """Return the comparisons that a single vote or edit makes."""
     if one.chosen and one.rejected:
-        return [_compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.own_text)]
+        pair = _compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.own_text)
+        return [replace(pair, margin=margin)]
     if one.action == "edit" and one.own_text.split() != one.first.text.split():
         pair = _compare(one, one.own_text, one.first.text, source="edit", ground_truth=one.own_text)
         return [replace(pair, rejected_finished=one.first.finished)]

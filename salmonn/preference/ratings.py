@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import t as student_t
 
-from salmonn.preference.feedback import Feedback
+from salmonn.preference.feedback import Candidate, Feedback
 
 Array = NDArray[np.float64]
 RIDGE = 0.5
 ELO_PER_LOGIT = 400 / math.log(10)
 MEAN_ELO = 1000.0
 RESAMPLES = 1000
+SIDE = -2  # column of the inputs
 _STEPS = 50  # of Newton's method, at most
 _CHUNK = 2**22  # weights of resampled votes in memory at once
 
@@ -68,22 +69,10 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES) -> 
     Intervals are estimate -+ t * standard error, the larger one of the bootstrap and of independent votes, with t of
     Student's distribution, as there may be few raters: percentiles would be too narrow.
     """
-    votes = [
-        (one, one.second)
-        for one in feedback
-        if one.action == "vote" and one.second and one.first.finished and one.second.finished
-    ]
+    votes = find_votes(feedback)
     if not votes:
         return None
-    names = sorted({caption.name for vote, _ in votes for caption in vote.captions})
-    column = {name: index for index, name in enumerate(names)}
-    inputs = np.zeros((len(votes), len(names) + 2))
-    for row, (vote, second) in enumerate(votes):
-        inputs[row, column[vote.first.name]] += 1
-        inputs[row, column[second.name]] -= 1
-        inputs[row, -2] = 1
-        inputs[row, -1] = (len(vote.first.text.split()) - len(second.text.split())) / 10
-    outcome = np.array([{"first": 1.0, "second": 0.0}.get(vote.choice or "", 0.5) for vote, _ in votes])
+    names, inputs, outcome = encode_votes(votes)
     raters: dict[str, int] = {}
     cluster = np.array([raters.setdefault(vote.rater, len(raters)) for vote, _ in votes])
     estimates = effects = _estimate(inputs, outcome, cluster, resamples=resamples)
@@ -94,15 +83,42 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES) -> 
         effects = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples)
     is_compared = np.abs(inputs).sum(axis=0) > 0  # in the column of a model that has met itself only all are 0
     elo = {
-        name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for name, index in column.items() if is_compared[index]
+        name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for index, name in enumerate(names) if is_compared[index]
     }
     best_first = dict(sorted(elo.items(), key=lambda item: -item[1].value))
-    return Ratings(best_first, effects[-2], effects[-1], len(votes), len(raters))
+    return Ratings(best_first, effects[SIDE], effects[-1], len(votes), len(raters))
+
+
+def find_votes(feedback: Sequence[Feedback]) -> list[tuple[Feedback, Candidate]]:
+    """Return the votes on two whole captions, each with its second caption."""
+    return [
+        (one, one.second)
+        for one in feedback
+        if one.action == "vote" and one.second and one.first.finished and one.second.finished
+    ]
+
+
+def encode_votes(votes: Sequence[tuple[Feedback, Candidate]]) -> tuple[list[str], Array, Array]:
+    """Return the names of the models (M), the inputs of the fit (N, M + 2) and the outcomes of the votes (N,).
+
+    The columns are the models, +1 for that of A and -1 for that of B, the side, and the difference of the lengths in 10
+    words. The outcome is 1 for A, 0 for B and 0.5 for neither.
+    """
+    names = sorted({caption.name for vote, _ in votes for caption in vote.captions})
+    column = {name: index for index, name in enumerate(names)}
+    inputs = np.zeros((len(votes), len(names) + 2))
+    for row, (vote, second) in enumerate(votes):
+        inputs[row, column[vote.first.name]] += 1
+        inputs[row, column[second.name]] -= 1
+        inputs[row, SIDE] = 1
+        inputs[row, -1] = (len(vote.first.text.split()) - len(second.text.split())) / 10
+    outcome = np.array([{"first": 1.0, "second": 0.0}.get(vote.choice or "", 0.5) for vote, _ in votes])
+    return names, inputs, outcome
 
 
 def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int) -> list[Estimate]:
     """Fit all parameters (P,) of inputs (N, P), with their intervals."""
-    fitted = _fit(inputs, outcome, np.ones((1, len(inputs))), start=np.zeros(inputs.shape[1]))[0]
+    fitted = fit_logits(inputs, outcome, np.ones((1, len(inputs))), start=np.zeros(inputs.shape[1]))[0]
     error = _bootstrap_error(inputs, outcome, cluster, fitted, resamples=resamples)
     return [
         Estimate(float(value), float(value - reach), float(value + reach))
@@ -123,7 +139,7 @@ def _bootstrap_error(
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         counts = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
-        fits.append(_fit(inputs, outcome, counts[:, cluster].astype(np.float64), start=fitted, tolerance=1e-4))
+        fits.append(fit_logits(inputs, outcome, counts[:, cluster].astype(np.float64), start=fitted, tolerance=1e-4))
     # Resampling G clusters has the variance of G - 1.
     deviation = np.concatenate(fits).std(axis=0) * math.sqrt(num_clusters / (num_clusters - 1))
     chance = expit(inputs @ fitted)
@@ -132,7 +148,7 @@ def _bootstrap_error(
     return np.asarray(np.maximum(deviation, independent) * student_t.ppf(0.975, num_clusters - 1))
 
 
-def _fit(inputs: Array, outcome: Array, weights: Array, *, start: Array, tolerance: float = 1e-9) -> Array:
+def fit_logits(inputs: Array, outcome: Array, weights: Array, *, start: Array, tolerance: float = 1e-9) -> Array:
     """Maximize the penalized likelihood for each row of weights (B, N) by Newton's method; returns (B, P)."""
     num_rows, num_parameters = inputs.shape
     products = (inputs[:, :, None] * inputs[:, None, :]).reshape(num_rows, -1)

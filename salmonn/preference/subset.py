@@ -2,7 +2,8 @@
 
 Few clear pairs train better than all pairs (FiFA, arXiv 2410.10166). FiFA adds a margin, a quality and a term for the
 diversity of prompts, and keeps the pairs with the largest sums. All pairs of a clip have the same prompt here, so
-diversity is measured between clips, and relative to the pairs already kept: the pairs are chosen one by one.
+diversity is measured between clips, and relative to the pairs already kept: the pairs are chosen one by one. Pairs of
+one clip are at distance 0; the distance of two clips is that of their words.
 """
 
 import math
@@ -25,7 +26,8 @@ class SubsetConfig:
     Args:
         keep: pairs to keep: a fraction if below 1, else a number; none to keep all.
         quality_weight: weight of the quality of the chosen caption, where a judge scored it.
-        diversity_weight: weight of the distance to the clips of the pairs already kept.
+        diversity_weight: weight of the distance to the clips of the pairs already kept, measured on the words of their
+            ground truths or, where there are none, of all their answers.
     """
 
     keep: float | None = None
@@ -87,7 +89,9 @@ def rank_pairs(
         return []
     gains = _z_scores([math.nan if pair.margin is None else pair.margin for pair in pairs])
     quality = _z_scores(qualities or [math.nan] * len(pairs))
-    vectors = _word_vectors([pair.ground_truth.strip() or pair.chosen for pair in pairs])
+    clips: dict[object, int] = {}
+    clip = np.array([clips.setdefault(_clip_key(pair), len(clips)) for pair in pairs])
+    vectors = _word_vectors(_clip_texts(pairs))
     fixed = gains + config.quality_weight * quality
     nearest = np.full(len(pairs), _MAX_DISTANCE)  # to the clips of the kept pairs
     at_choice = np.zeros(len(pairs))
@@ -100,6 +104,7 @@ def rank_pairs(
         ranks[best], at_choice[best] = rank, diversity[best]
         cosines = (vectors @ vectors[[best]].T).toarray()[:, 0]
         nearest = np.minimum(nearest, np.sqrt(np.maximum(2 - 2 * cosines, 0)))
+        nearest[clip == clip[best]] = 0.0
     at_end = np.log(np.maximum(nearest, _MIN_DISTANCE)) - math.log(_MAX_DISTANCE)
     return [
         PairImportance(
@@ -112,6 +117,21 @@ def rank_pairs(
         )
         for index, pair in enumerate(pairs)
     ]
+
+
+def _clip_key(pair: Comparison) -> tuple[object, ...]:
+    return pair.video, pair.start_seconds, pair.end_seconds
+
+
+def _clip_texts(pairs: Sequence[Comparison]) -> list[str]:
+    """Return the text of each pair's clip: its ground truths or, where it has none, all answers about it."""
+    truths: dict[object, dict[str, None]] = {}
+    answers: dict[object, dict[str, None]] = {}
+    for pair in pairs:
+        if truth := pair.ground_truth.strip():
+            truths.setdefault(_clip_key(pair), {})[truth] = None
+        answers.setdefault(_clip_key(pair), {}).update(dict.fromkeys((pair.chosen, pair.rejected)))
+    return [" ".join(truths.get(_clip_key(pair)) or answers[_clip_key(pair)]) for pair in pairs]
 
 
 def _z_scores(values: Sequence[float]) -> np.ndarray:

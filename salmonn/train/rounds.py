@@ -144,6 +144,14 @@ def keep_subset(
         after.mean_words_chosen,
         after.mean_words_rejected,
     )
+    if num_unknown := sum(pair.margin is None for pair in pairs):
+        log.info("%s: %d of %d pairs have no margin; these count as average", folder.name, num_unknown, len(pairs))
+    if not any(one.gain or config.quality_weight * one.quality for one in importances):
+        log.warning(
+            "%s: no pair is kept for its margin or quality, as neither is known or differs: %s",
+            folder.name,
+            "only diversity, the distance between clips, decides" if config.diversity_weight else "the first are kept",
+        )
     return kept
 
 

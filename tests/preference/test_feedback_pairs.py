@@ -148,6 +148,22 @@ def test_feedback_trains_on_what_it_has(load_recipe, store, video, caplog):
         dpo.load_feedback(config, check=lambda _: (_ for _ in ()).throw(ValueError("no")))
 
 
+def test_votes_get_margins_for_a_subset(load_recipe, store, tmp_path, caplog):
+    """All votes are for B: by its model, since each side of a caption has one. Without a subset nothing changes."""
+    dpo = load_recipe("dpo")
+    caplog.set_level("INFO")
+    for number in range(8):
+        (tmp_path / "clip.mp4").write_bytes(b"frames %d" % number)
+        captions = {"first": LEFT, "second": RIGHT} if number % 2 else {"first": RIGHT, "second": LEFT}
+        choice = "second" if number % 2 else "first"
+        store.add(replace(VOTE, choice=choice, **captions), tmp_path / "clip.mp4")
+    config = dpo.OfflineDpoConfig(feedback=store.folder, model="none", out=tmp_path / "out")
+    assert {one.margin for one, _ in dpo.load_feedback(config)} == {None} and "taste" not in caplog.text
+    subset = replace(config, subset=replace(config.subset, keep=4))
+    assert all(one.margin > 0 for one, _ in dpo.load_feedback(subset))
+    assert "Total in 8 of 8 votes), fitted to votes on other videos, predicts 100.0 %" in caplog.text
+
+
 def test_exports(votes, call, tmp_path):
     """Three votes for B, of the sampled model "one" and of "two"; and a rating."""
     votes.add(replace(rate("bad", "A dog."), kept_video="", rater="cy"), tmp_path / "a.mp4")

@@ -1,6 +1,7 @@
 """Choice of a subset of pairs, with values derived by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,29 @@ def test_distance_is_that_of_tf_idf_vectors():
     expected = 0.5 * math.log(2 - 2 * cosine) - 0.5 * math.log(2)
     assert values[1].diversity == pytest.approx(expected) and expected == pytest.approx(0.5 * math.log(0.8))
     assert values[2].diversity == values[3].diversity == pytest.approx(0.0)
+
+
+def test_votes_on_one_clip_are_at_distance_0():
+    """Without a ground truth, as votes often are; the words of a clip are those of all answers about it.
+
+    The clips: "red star blue moon", twice, "red moon" and the same words again in another video. "red" and "moon" are
+    in all four texts and count 0, "star" and "blue" are in those of clip a only.
+    """
+    votes = [
+        Comparison("a", "describe", "red star", "blue moon"),
+        Comparison("a", "describe", "blue moon", "star red moon"),
+        Comparison("b", "describe", "red", "moon"),
+        Comparison("c", "describe", "moon", "red"),
+    ]
+    first, second, third, fourth = rank_pairs(votes, SubsetConfig(keep=2))
+    assert [first.rank, second.rank, third.rank, fourth.rank] == [1, None, 2, None]
+    assert second.diversity == pytest.approx(math.log(0.05 / math.sqrt(2)))
+    assert third.diversity == fourth.diversity == 0.0  # no word in common that counts
+    part = Comparison("a", "describe", "green", "sun", start_seconds=3.0)
+    assert ranks([votes[0], part, votes[2]], keep=2) == [1, 2, None]  # parts of a video are different clips
+    # Equal words elsewhere are at distance 0 too.
+    elsewhere = [replace(votes[0], video="x"), replace(votes[0], video="y"), votes[2]]
+    assert ranks(elsewhere, keep=2) == [1, None, 2]
 
 
 def test_quality_decides_between_equal_margins():

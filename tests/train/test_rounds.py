@@ -128,6 +128,25 @@ def test_a_subset_of_pairs_is_kept_with_its_account(tmp_path, caplog):
     assert "mean words 3.0 chosen, 2.0 rejected" in caplog.text
 
 
+def test_a_subset_that_only_diversity_decides_is_told(tmp_path, caplog):
+    """Margins and qualities are unknown, or the same for all."""
+    caplog.set_level(logging.INFO)
+    pairs = [Comparison(f"{number}.mp4", "describe", "one", f"word {number}", margin=0.5) for number in range(4)]
+    unknown = [replace(pair, margin=None) for pair in pairs]
+    for some, num_unknown, qualities, weights, told in (
+        (pairs, 0, None, {}, "only diversity, the distance between clips, decides"),
+        (unknown, 4, None, {}, "only diversity, the distance between clips, decides"),
+        (unknown, 4, [0.0, -0.1, 0.0, 0.0], {"quality_weight": 0.0}, "only diversity"),
+        (unknown, 4, None, {"diversity_weight": 0.0}, "the first are kept"),
+        (unknown, 4, [0.0, -0.1, 0.0, 0.0], {}, ""),
+        ([*unknown[:3], replace(pairs[3], margin=0.1), pairs[0]], 3, None, {}, ""),
+    ):
+        caplog.clear()
+        keep_subset(some, SubsetConfig(keep=2, **weights), folder=tmp_path, qualities=qualities)
+        assert ("no pair is kept for its margin or quality" in caplog.text) == bool(told) and told in caplog.text
+        assert (f"{num_unknown} of {len(some)} pairs have no margin" in caplog.text) == bool(num_unknown)
+
+
 def test_pairs_that_differ_in_repetition_are_added_after_the_choice_of_a_subset(tmp_path):
     """Of the pairs of four clips two are kept; one with a missing event and one with a repeated clause are added."""
     videos = [f"{name}.mp4" for name in "abcd"]
