@@ -24,7 +24,7 @@ from salmonn.model.loading import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.comparisons import conversation_to_comparison
 from salmonn.preference.feedback import read_feedback
-from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
+from salmonn.preference.feedback_pairs import deal_pairs, describe_comparisons, to_comparisons
 from salmonn.preference.losses import UNPAIRED_LOSSES, LossConfig, Role, make_loss
 from salmonn.preference.subset import SubsetConfig
 from salmonn.preference.taste import fit_taste
@@ -60,6 +60,8 @@ class OfflineDpoConfig(RunConfig):
             The cross-entropy is on what people wrote and on reference captions, where there are any.
         root: folder that the paths of the videos start from; by default the folder of `preferences`, or the
             folder `feedback`.
+        max_pairs_per_video: maximum number of comparisons of a clip and prompt, dealt evenly over the people who made
+            them; none for no limit.
         subset: subset of the preferences that is trained on. Votes get margins for it from the taste of the voters.
         loss: loss.
         lora: adapter.
@@ -71,6 +73,7 @@ class OfflineDpoConfig(RunConfig):
     preferences: Path | None = None
     feedback: Path | None = None
     root: Path | None = None
+    max_pairs_per_video: int | None = None
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
@@ -85,6 +88,8 @@ class OfflineDpoConfig(RunConfig):
             raise ValueError(
                 "give either --preferences, a file of preference pairs, or --feedback, a folder of people's feedback"
             )
+        if self.max_pairs_per_video is not None and self.max_pairs_per_video < 1:
+            raise ValueError(f"max_pairs_per_video must be at least 1, or none, got {self.max_pairs_per_video}")
         if self.loss.kind in ("grpo", "nash"):
             raise ValueError(
                 f"loss.kind {self.loss.kind} needs rated samples of the policy; use recipes/mrdpo.py for it"
@@ -111,7 +116,7 @@ def main(config: OfflineDpoConfig) -> None:
     check_adapters(sizes, config.lora)
     processor = Processor.load(config.model, config=sizes)
     load = load_feedback if config.feedback else load_comparisons
-    comparisons = load(config, check=partial(check_texts, processor=processor))
+    comparisons = limit_pairs(load(config, check=partial(check_texts, processor=processor)), config)
     if config.loss.per == "clause" and not any(one.chosen_marks or one.rejected_marks for one, _ in comparisons):
         raise ValueError("loss.per clause needs marked clauses, and no comparison has one; set loss.per caption")
     left_out = LeftOut(config.out, max_failures=config.max_failures)
@@ -230,6 +235,21 @@ def load_feedback(
     pairs = [(one, ClipSource.of_comparison(one, root=root)) for one in usable]
     require_files([clip for _, clip in pairs], root=root)
     return pairs
+
+
+def limit_pairs(comparisons: list[ClipComparison], config: OfflineDpoConfig) -> list[ClipComparison]:
+    """Return at most `max_pairs_per_video` comparisons of each clip, and log how many are left out."""
+    if config.max_pairs_per_video is None:
+        return comparisons
+    kept = {id(one) for one in deal_pairs([one for one, _ in comparisons], config.max_pairs_per_video)}
+    log.info(
+        "left out %d of %d comparisons: at most %d of a clip, dealt evenly over %d raters",
+        len(comparisons) - len(kept),
+        len(comparisons),
+        config.max_pairs_per_video,
+        len({one.rater for one, _ in comparisons}),
+    )
+    return [(one, clip) for one, clip in comparisons if id(one) in kept]
 
 
 def load_examples(

@@ -73,6 +73,29 @@ def last_ratings(feedback: Sequence[Feedback]) -> list[Feedback]:
     return [feedback[number] for number in sorted(last.values())]
 
 
+def deal_pairs(comparisons: Sequence[Comparison], max_pairs_per_video: int) -> list[Comparison]:
+    """Return at most so many comparisons of each clip and prompt, dealt evenly over their raters, in order.
+
+    Raters take turns: next is the one with the fewest comparisons of the clip, and then of all clips, so that a person
+    who votes on everything does not outvote the others. All comparisons without an id, and those that several people's
+    ratings make, count as one rater's.
+    """
+    waiting: dict[ClipKey, dict[str, list[int]]] = {}
+    for index, one in enumerate(comparisons):
+        waiting.setdefault(_comparison_key(one), {}).setdefault(one.rater, []).append(index)
+    kept, num_kept = list[int](), Counter[str]()
+    for by_rater in waiting.values():
+        turns = Counter[str]()
+        while by_rater and turns.total() < max_pairs_per_video:
+            rater = min(by_rater, key=lambda one: (turns[one], num_kept[one]))
+            kept.append(by_rater[rater].pop(0))
+            turns[rater] += 1
+            num_kept[rater] += 1
+            if not by_rater[rater]:
+                del by_rater[rater]
+    return [comparisons[index] for index in sorted(kept)]
+
+
 def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]) -> str:
     """Return the numbers as a sentence: what the comparisons are from, and what could not be used."""
     counts = Counter(one.source for one in comparisons)

@@ -8,7 +8,7 @@ import pytest
 
 from salmonn.preference.export import export_rows
 from salmonn.preference.feedback import Candidate
-from salmonn.preference.feedback_pairs import describe_comparisons, last_ratings, to_comparisons
+from salmonn.preference.feedback_pairs import deal_pairs, describe_comparisons, last_ratings, to_comparisons
 from salmonn.preference.feedback_report import summarize_feedback
 from salmonn.records import Mark
 from tests.preference.feedback_examples import KEPT, LEFT, PAIR, RIGHT, VOTE, rate
@@ -146,6 +146,42 @@ def test_feedback_trains_on_what_it_has(load_recipe, store, video, caplog):
         dpo.load_feedback(replace(config, loss=replace(config.loss, kind="kto")), check=check)
     with pytest.raises(ValueError, match=r"nothing to train on: no comparisons; not used: .* \(2\)"):
         dpo.load_feedback(config, check=lambda _: (_ for _ in ()).throw(ValueError("no")))
+
+
+def test_pairs_are_dealt_evenly_over_raters():
+    """Ann votes on everything, first; Bob on clips a and b; somebody without an id on b."""
+
+    def pairs(video, *raters):
+        return [replace(PAIR, video=video, rater=rater, chosen=f"{number}") for number, rater in enumerate(raters)]
+
+    everything = [*pairs("a", "ann", "ann", "ann", "bob"), *pairs("b", "ann", "", "ann", "bob"), *pairs("c", "ann")]
+
+    def kept(limit):
+        return [(one.video, one.rater, one.chosen) for one in deal_pairs(everything, limit)]
+
+    # On clip a the first of them; then Bob and the unknown have none yet, and the unknown one comes first.
+    assert kept(1) == [("a", "ann", "0"), ("b", "", "1"), ("c", "ann", "0")]
+    # On clip b Ann and Bob have one each, so the unknown is first, and Ann, of these two the first, is next.
+    assert kept(2) == [("a", "ann", "0"), ("a", "bob", "3"), ("b", "ann", "0"), ("b", "", "1"), ("c", "ann", "0")]
+    # Ann has two of clip a, and Bob one: on clip b all three have a turn.
+    assert kept(3)[:3] == [("a", "ann", "0"), ("a", "ann", "1"), ("a", "bob", "3")]
+    assert kept(3)[3:6] == [("b", "ann", "0"), ("b", "", "1"), ("b", "bob", "3")]
+    assert deal_pairs(everything, 4) == everything
+    other = [replace(PAIR, prompt="What is heard?"), *pairs(PAIR.video, "ann")]
+    assert deal_pairs(other, 1) == other  # of each prompt
+
+
+def test_the_number_of_pairs_left_out_is_told(load_recipe, tmp_path, caplog):
+    dpo = load_recipe("dpo")
+    caplog.set_level("INFO")
+    comparisons = [(replace(PAIR, rater=rater), None) for rater in ("ann", "ann", "bob")]
+    config = dpo.OfflineDpoConfig(feedback=tmp_path, model="none", out=tmp_path)
+    assert dpo.limit_pairs(comparisons, config) is comparisons and not caplog.text
+    limited = dpo.limit_pairs(comparisons, replace(config, max_pairs_per_video=2))
+    assert limited == [comparisons[0], comparisons[2]]
+    assert "left out 1 of 3 comparisons: at most 2 of a clip, dealt evenly over 2 raters" in caplog.text
+    with pytest.raises(ValueError, match="max_pairs_per_video must be at least 1, or none, got 0"):
+        replace(config, max_pairs_per_video=0)
 
 
 def test_votes_get_margins_for_a_subset(load_recipe, store, tmp_path, caplog):
