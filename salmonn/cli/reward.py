@@ -162,7 +162,13 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
             end_seconds=one.end_seconds,
         )
         encoded.append(mixture.encode(model.group_states(group, clip)))
-    votes = collect_votes(groups, dict.fromkeys((rater for group in groups for rater in group.raters), 0))
+    ids = dict.fromkeys((rater for group in groups for rater in group.raters), 0)
+    if len(ids) > 1:
+        sys.stderr.write(
+            f"{path} has votes of {len(ids)} raters{', those without an id counted as one' if '' in ids else ''}; they "
+            "are fitted together, as if one new rater had cast them all\n"
+        )
+    votes = collect_votes(groups, ids)
     model.head = mixture.fit_rater(encoded, votes)
     weights = model.head.weights.tolist()
     described = ", ".join(f"{number}: {100 * weight:.0f} %" for number, weight in enumerate(weights, start=1))

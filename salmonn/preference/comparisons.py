@@ -17,7 +17,7 @@ from typing import Any, Literal
 from salmonn.conversations import Conversation, is_conversation_file, list_items, read_conversations
 from salmonn.files import iter_numbered_records, parse_record, read_records
 from salmonn.preference.feedback import FEEDBACK_NAME, holds_feedback, read_feedback
-from salmonn.preference.feedback_pairs import to_comparisons
+from salmonn.preference.feedback_pairs import PEOPLE, to_comparisons
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.rows import PreferenceRow, parse_row, read_rows
@@ -52,6 +52,9 @@ class Preferences:
         """Return the numbers as a sentence."""
         num_videos = len({comparison.video for comparison in self.comparisons})
         text = f"{len(self.comparisons)} comparisons of captions of {num_videos} videos"
+        raters = Counter(one.rater for one in self.comparisons if one.rater or one.source in PEOPLE)
+        if raters:
+            text += f"; by people: {len(raters.keys() - {''})} raters, {raters['']} comparisons without a rater's id"
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.left_out.items())
         return f"{text}; left out: {reasons}" if reasons else text
 

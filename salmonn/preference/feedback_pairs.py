@@ -8,6 +8,7 @@ from salmonn.preference.feedback import COUNTED_ONLY, Candidate, Feedback, find_
 from salmonn.records import Comparison, Modality
 from salmonn.score.repetition import remove_clauses
 
+PEOPLE = ("vote", "edit", "missing", "rating")  # sources of comparisons that people made
 ClipKey = tuple[str, Modality, float | None, float | None, str]  # video, modality, start, end, prompt
 
 

@@ -1,6 +1,7 @@
 """Training of ideal-point reward models: prototypes of preference, and the weights of the raters (docs/raters.md)."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def fit_rater_groups(
         states: states of each group's answers.
         groups: comparisons, grouped by clip.
         num_train: number of groups to learn from.
-        num_prototypes: K; None to choose it by cross-validation on the groups to learn from.
+        num_prototypes: K; None to choose it by cross-validation on the groups to learn from, or 1 for a single rater.
         config: form, sizes and optimization.
         seed: random seed.
     """
@@ -99,7 +100,9 @@ def fit_rater_groups(
     train, heldout = (collect_votes(some, ids) for some in (groups[:num_train], groups[num_train:]))
     answer, prompt = (torch.cat([getattr(one, name) for one in states[:num_train]]) for name in ("answer", "prompt"))
     candidates: list[HeldoutAccuracy] = []
-    if num_prototypes is None:
+    if num_prototypes is None and len(ids) == 1:
+        num_prototypes = 1
+    elif num_prototypes is None:
         num_prototypes, candidates = choose_num_prototypes(
             answer, prompt, train, num_raters=len(ids), config=config, seed=seed
         )
@@ -180,6 +183,8 @@ def train_raters(
     Raises:
         ValueError: the comparisons are of one video only.
     """
+    if warning := rater_ids_warning(groups):
+        log.warning("%s", warning)
     train, heldout = split_groups(groups, fraction=trainer.config.heldout_fraction, seed=trainer.seed)
     together = [*train, *heldout]
     captioner = trainer.load()
@@ -218,6 +223,22 @@ def train_raters(
         save_reward_model(trainer.folder, fitted.head, info)
     dist.barrier()
     return info
+
+
+def rater_ids_warning(groups: Sequence[AnswerGroup]) -> str:
+    """Return what it means that comparisons lack ids of raters, or are all of one rater; "" if neither is so."""
+    raters = Counter(rater for group in groups for rater in group.raters)
+    without = raters.pop("", 0)
+    if raters and without:
+        total = without + raters.total()
+        return f"{without} of {total} comparisons have no rater's id; together they count as those of one rater"
+    if len(raters) > 1:
+        return ""
+    found = "no comparison has the id of a rater, so all count" if without else "all comparisons count"
+    return (
+        f"{found} as those of one rater: there are no groups of raters to find, and one prototype is enough (K = 1), "
+        "as with --kind bradley-terry"
+    )
 
 
 def describe_raters(info: PrototypeInfo) -> str:

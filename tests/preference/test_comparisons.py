@@ -137,6 +137,18 @@ def test_what_cannot_be_used_is_counted(folder):
         read_preferences(folder / "pairs.jsonl")
 
 
+def test_raters_are_counted(folder):
+    """Of what people compared; a judge has no rater."""
+    pair = Comparison("a.mp4", "Tell.", "x", "y", source="rule")
+    votes = [replace(pair, source="vote", rater=rater) for rater in ("ann", "bob", "ann", "")]
+    write_records(folder / "pairs.jsonl", [pair, *votes])
+    assert read_preferences(folder / "pairs.jsonl").describe() == (
+        "5 comparisons of captions of 1 videos; by people: 2 raters, 1 comparisons without a rater's id"
+    )
+    write_records(folder / "pairs.jsonl", [pair, votes[-1]])
+    assert "by people: 0 raters, 1 comparisons without" in read_preferences(folder / "pairs.jsonl").describe()
+
+
 def test_votes(folder):
     (folder / "videos").mkdir()
     (folder / "videos" / "v.mp4").touch()

@@ -43,6 +43,7 @@ def trained(tmp_path_factory, launch):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "2 prototypes (1: " in result.stderr + result.stdout
+    assert "by people: 4 raters, 0 comparisons without" in " ".join((result.stderr + result.stdout).split())
     return folder
 
 
@@ -81,7 +82,10 @@ def test_best_captions_for_a_rater(trained, call, tmp_path):
     short, _ = words("--rater", "short-1")
     new, err = words("--votes", trained / "votes/mine.jsonl")
     assert max(short, new) < 0.85 * complete
-    assert "60 votes of" in err and "weights of the prototypes 1: " in err
+    assert "60 votes of" in err and "weights of the prototypes 1: " in err and "fitted together" not in err
+    _, err = words("--votes", trained / "votes")
+    assert "has votes of 4 raters; they are fitted together, as if one new rater had cast them all" in err
+    assert "240 votes of" in err
 
 
 @pytest.mark.parametrize(

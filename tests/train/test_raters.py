@@ -9,7 +9,8 @@ from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.ideal_point import IdealPointConfig
 from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, RaterGroup, choose_weights, group_raters
 from salmonn.records import Comparison
-from salmonn.train.raters import collect_votes, fit_rater_groups
+from salmonn.train.raters import collect_votes, fit_rater_groups, train_raters
+from salmonn.train.reward import RewardTrainer, RewardTrainingConfig
 
 SMALL = IdealPointConfig(hidden=8, dropout=0.0, epochs=15, learning_rate=2e-2, batch_size=32)
 INFO = PrototypeInfo("score", 32, 64, 128, sizes=(0.6, 0.4), entropy=0.5)
@@ -53,6 +54,36 @@ def test_two_groups_of_raters_are_told_apart():
     head = MixtureHead(fitted.model.head, torch.tensor(fitted.raters[1].weights))
     rewards = head.double()(states[0])
     assert rewards.dtype == torch.float64 and rewards.argmax() == 0
+
+
+def test_one_rater_has_one_prototype():
+    """Without cross-validation, which could choose more by chance: 5 clips are too few to tell."""
+    groups = [group(f"{index}.mp4", "xy", ((0, 1),), ("ann",)) for index in range(5)]
+    states = [AnswerStates(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [3.0, 0.0]]))] * 5
+    fitted = fit_rater_groups(states, groups, num_train=4, num_prototypes=None, config=SMALL, seed=1)
+    assert fitted.info.sizes == (1.0,) and not fitted.info.candidates
+
+
+@pytest.mark.parametrize(
+    ("raters", "told"),
+    [
+        (("", ""), "no comparison has the id of a rater, so all count as those of one rater: there are no groups"),
+        (("ann", "ann"), "all comparisons count as those of one rater: there are no groups of raters to find, and one"),
+        (("ann", ""), "1 of 2 comparisons have no rater's id; together they count as those of one rater"),
+        (("ann", "bob"), ""),
+    ],
+)
+def test_missing_raters_are_told_before_training(raters, told, caplog, tmp_path):
+    class StartedError(Exception):
+        pass
+
+    def load():
+        raise StartedError
+
+    groups = [group(f"{rater}{index}.mp4", "xy", ((0, 1),), (rater,)) for index, rater in enumerate(raters)]
+    with pytest.raises(StartedError):
+        train_raters(RewardTrainer(load, RewardTrainingConfig(), tmp_path), groups, {}, root=tmp_path, config=SMALL)
+    assert told in caplog.text if told else not caplog.text
 
 
 def test_whose_reward(tmp_path):
