@@ -57,7 +57,7 @@ class PairImportance:
     """Why a pair was kept or not, for importance.jsonl.
 
     Args:
-        video: video of the pair.
+        video, chosen, rejected: the pair.
         margin: difference of the ratings; None where it is unknown.
         gain, quality: the margin and the chosen caption's quality as z-scores, in standard deviations above the mean.
         diversity: logarithm of the distance to the nearest kept pair's clip, when the pair was kept, or at the end.
@@ -65,6 +65,8 @@ class PairImportance:
     """
 
     video: str
+    chosen: str
+    rejected: str
     margin: float | None
     gain: float
     quality: float
@@ -109,6 +111,8 @@ def rank_pairs(
     return [
         PairImportance(
             pair.video,
+            pair.chosen,
+            pair.rejected,
             pair.margin,
             float(gains[index]),
             float(quality[index]),

@@ -121,9 +121,9 @@ def test_a_subset_of_pairs_is_kept_with_its_account(tmp_path, caplog):
     kept = keep_subset(pairs, SubsetConfig(keep=0.5), folder=tmp_path)
     assert kept == pairs[2:]
     lines = [json.loads(line) for line in (tmp_path / "importance.jsonl").read_text().splitlines()]
-    assert [(line["video"], line["rank"]) for line in lines] == [
-        ("0.mp4", None), ("1.mp4", None), ("2.mp4", 2), ("3.mp4", 1),
-    ]  # fmt: skip
+    assert [(line["video"], line["chosen"], line["rejected"], line["rank"]) for line in lines] == [
+        (pair.video, pair.chosen, pair.rejected, rank) for pair, rank in zip(pairs, (None, None, 2, 1), strict=True)
+    ]
     assert "kept 2 of 4 pairs from 2 videos; mean margin 0.250 (0.150 before)" in caplog.text
     assert "mean words 3.0 chosen, 2.0 rejected" in caplog.text
 
