@@ -34,8 +34,8 @@ class Rater:
         rater: id, as in the votes; "" for all votes without one.
         weights: weight of each prototype; they sum to 1.
         num_votes: votes that the weights are fitted to.
-        num_heldout: votes on held-out clips.
-        agreement: share of these that the rater's reward predicts; None without any.
+        num_heldout: those of them that a model was measured on that had not been fitted to their clips.
+        agreement: share of these that it predicted; None without any.
     """
 
     rater: str

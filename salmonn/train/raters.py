@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,21 +39,34 @@ TEXT_TRAITS = ("words", "repetition")
 
 
 @dataclass(frozen=True)
+class HeldoutVotes:
+    """How a model that is fitted to some clips predicts the votes on the others.
+
+    Args:
+        margins: (N,) of the votes, each with its rater's reward.
+        num_prototypes: K.
+        candidates: accuracy of the numbers of prototypes that were compared; empty if the number was given.
+    """
+
+    margins: Tensor
+    num_prototypes: int
+    candidates: tuple[HeldoutAccuracy, ...] = ()
+
+
+@dataclass(frozen=True)
 class FittedRaters:
-    """Prototypes with the raters' weights, and how far they predict held-out votes.
+    """Prototypes with the raters' weights, fitted to all clips.
 
     Args:
         model: prototypes and weights of the raters.
         raters: the raters.
         info: for reward.json.
-        margins: (N,) of the held-out votes, each with its rater's reward.
-        rewards: rewards of the mean rater for the answers that were trained on, (R,).
+        rewards: rewards of the mean rater for all answers, (R,).
     """
 
     model: RaterModel
     raters: list[Rater]
     info: PrototypeInfo
-    margins: Tensor
     rewards: Tensor
 
     @property
@@ -77,7 +91,7 @@ def collect_votes(groups: Sequence[AnswerGroup], ids: Mapping[str, int]) -> Vote
     return Votes(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).T)
 
 
-def fit_rater_groups(
+def measure_raters(
     states: Sequence[AnswerStates],
     groups: Sequence[AnswerGroup],
     *,
@@ -85,8 +99,8 @@ def fit_rater_groups(
     num_prototypes: int | None,
     config: IdealPointConfig,
     seed: int,
-) -> FittedRaters:
-    """Fit prototypes and raters to the first `num_train` groups, and measure them on the others.
+) -> HeldoutVotes:
+    """Fit prototypes and raters to the first `num_train` groups, and predict the votes of the others.
 
     Args:
         states: states of each group's answers.
@@ -96,9 +110,9 @@ def fit_rater_groups(
         config: form, sizes and optimization.
         seed: random seed.
     """
-    ids = {rater: index for index, rater in enumerate(sorted({one for group in groups for one in group.raters}))}
+    ids = _index_raters(groups)
     train, heldout = (collect_votes(some, ids) for some in (groups[:num_train], groups[num_train:]))
-    answer, prompt = (torch.cat([getattr(one, name) for one in states[:num_train]]) for name in ("answer", "prompt"))
+    answer, prompt = _join(states[:num_train])
     candidates: list[HeldoutAccuracy] = []
     if num_prototypes is None and len(ids) == 1:
         num_prototypes = 1
@@ -108,16 +122,34 @@ def fit_rater_groups(
         )
         for one in candidates:
             log.info("%d prototypes: %.1f %% +- %.1f", one.num_prototypes, 100 * one.accuracy, 100 * one.standard_error)
-    model = sort_prototypes(
-        fit_raters(answer, prompt, train, num_raters=len(ids), num_prototypes=num_prototypes, config=config, seed=seed)
+    model = fit_raters(
+        answer, prompt, train, num_raters=len(ids), num_prototypes=num_prototypes, config=config, seed=seed
     )
     with torch.no_grad():
-        others = [torch.cat([getattr(one, name) for one in states[num_train:]]) for name in ("answer", "prompt")]
-        margins = model.margins(model.head(*others), heldout)
+        margins = model.margins(model.head(*_join(states[num_train:])), heldout)
+    return HeldoutVotes(margins, num_prototypes, tuple(candidates))
+
+
+def fit_rater_groups(
+    states: Sequence[AnswerStates],
+    groups: Sequence[AnswerGroup],
+    heldout: HeldoutVotes,
+    *,
+    num_train: int,
+    config: IdealPointConfig,
+    seed: int,
+) -> FittedRaters:
+    """Fit prototypes and raters to all groups, after `measure_raters` has measured them on the last ones."""
+    ids = _index_raters(groups)
+    votes, later = (collect_votes(some, ids) for some in (groups, groups[num_train:]))
+    answer, prompt = _join(states)
+    count = heldout.num_prototypes
+    model = sort_prototypes(
+        fit_raters(answer, prompt, votes, num_raters=len(ids), num_prototypes=count, config=config, seed=seed)
+    )
+    with torch.no_grad():
         encoded = model.head(answer, prompt)
-        described = describe_prototypes(
-            model.head.prototype_rewards(encoded), *_text_traits(groups[:num_train]), names=TEXT_TRAITS
-        )
+        described = describe_prototypes(model.head.prototype_rewards(encoded), *_text_traits(groups), names=TEXT_TRAITS)
         rewards = model.head.reward(encoded, model.prior)
     info = PrototypeInfo(
         form=config.form,
@@ -127,9 +159,24 @@ def fit_rater_groups(
         sizes=tuple(model.prior.tolist()),
         entropy=float(model.entropy.mean()),
         descriptions=tuple(", ".join(f"{name} {value:+.2f}" for name, value in one.items()) for one in described),
-        candidates=tuple(candidates),
+        candidates=heldout.candidates,
     )
-    return FittedRaters(model, _list_raters(model, ids, train, heldout, margins), info, margins, rewards)
+    raters = []
+    for rater, index in ids.items():
+        margins = heldout.margins[later.rater == index]
+        agreement = float((margins > 0).float().mean()) if len(margins) else None
+        weights, num_votes = tuple(model.weights[index].tolist()), int((votes.rater == index).sum())
+        raters.append(Rater(rater, weights, num_votes, len(margins), agreement))
+    return FittedRaters(model, raters, info, rewards)
+
+
+def _index_raters(groups: Sequence[AnswerGroup]) -> dict[str, int]:
+    return {rater: index for index, rater in enumerate(sorted({one for group in groups for one in group.raters}))}
+
+
+def _join(states: Sequence[AnswerStates]) -> tuple[Tensor, Tensor]:
+    """Return the states of all answers, (R, P), and of their prompts, (R, D)."""
+    return torch.cat([one.answer for one in states]), torch.cat([one.prompt for one in states])
 
 
 def _text_traits(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor]:
@@ -143,24 +190,6 @@ def _text_traits(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, dtype=torch.float64), torch.tensor(clip)
 
 
-def _list_raters(
-    model: RaterModel, ids: Mapping[str, int], train: Votes, heldout: Votes, margins: Tensor
-) -> list[Rater]:
-    raters = []
-    for rater, index in ids.items():
-        theirs = margins[heldout.rater == index]
-        raters.append(
-            Rater(
-                rater,
-                tuple(model.weights[index].tolist()),
-                num_votes=int((train.rater == index).sum()),
-                num_heldout=len(theirs),
-                agreement=float((theirs > 0).float().mean()) if len(theirs) else None,
-            )
-        )
-    return raters
-
-
 def train_raters(
     trainer: RewardTrainer,
     groups: Sequence[AnswerGroup],
@@ -171,6 +200,9 @@ def train_raters(
     config: IdealPointConfig,
 ) -> RewardInfo:
     """Fit an ideal-point reward model to the captioner's frozen states, measure and save it.
+
+    The number of prototypes is chosen and all figures are measured with some clips held out; what is saved is then
+    fitted to all clips.
 
     Args:
         trainer: loads the captioner; its kind, pooling, folder, seed and share of held-out clips count.
@@ -189,32 +221,28 @@ def train_raters(
     together = [*train, *heldout]
     captioner = trainer.load()
 
-    def measure(seen: Mapping[ClipSource, ClipFeatures], folder: Path, count: int | None) -> FittedRaters:
+    def states_of(seen: Mapping[ClipSource, ClipFeatures], folder: Path) -> list[AnswerStates]:
         examples = [
             RewardExample(group, seen[ClipSource.of_comparison(group.example, root=root)]) for group in together
         ]
-        states = compute_states(
-            captioner,
-            examples,
-            pooling=trainer.config.pooling,
-            name=f"{folder.name}: states",
-            path=folder / STATES_NAME,
-        )
-        return fit_rater_groups(
-            states, together, num_train=len(train), num_prototypes=count, config=config, seed=trainer.seed
-        )
+        pooling, name = trainer.config.pooling, f"{folder.name}: states"
+        return compute_states(captioner, examples, pooling=pooling, name=name, path=folder / STATES_NAME)
 
-    fitted = measure(features, trainer.folder, num_prototypes)
+    measure = partial(measure_raters, groups=together, num_train=len(train), config=config, seed=trainer.seed)
+    states = states_of(features, trainer.folder)
+    measured = measure(states, num_prototypes=num_prototypes)
     blind = None
     if trainer.config.blind:
-        blind = measure(rotate_features(features), trainer.folder / BLIND_DIR, len(fitted.info.sizes))
-    agreement = measure_agreement(heldout, fitted.margins, blind.margins if blind else None)
+        others = states_of(rotate_features(features), trainer.folder / BLIND_DIR)
+        blind = measure(others, num_prototypes=measured.num_prototypes)
+    fitted = fit_rater_groups(states, together, measured, num_train=len(train), config=config, seed=trainer.seed)
+    agreement = measure_agreement(heldout, measured.margins, blind.margins if blind else None)
     std, mean = torch.std_mean(fitted.rewards)
     info = replace(
         trainer.make_info(captioner, train, heldout),
         mean=float(mean),
         std=max(float(std), 1e-6),
-        temperature=fit_temperature(fitted.margins),
+        temperature=fit_temperature(measured.margins),
         agreement=agreement,
         prototypes=fitted.info,
     )

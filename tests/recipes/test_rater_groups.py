@@ -54,7 +54,7 @@ def test_raters_are_told_apart(trained):
     assert set(raters) == {"complete-0", "short-1", "complete-2", "short-3"}
     preferred = {rater: max((0, 1), key=one.weights.__getitem__) for rater, one in raters.items()}
     assert preferred["complete-0"] == preferred["complete-2"] != preferred["short-1"] == preferred["short-3"]
-    assert all(one.num_votes + one.num_heldout == 60 for one in raters.values())
+    assert all(one.num_votes == 60 > one.num_heldout > 0 for one in raters.values())
 
 
 def test_whose_reward_is_loaded(trained):

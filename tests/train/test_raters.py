@@ -9,7 +9,7 @@ from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.ideal_point import IdealPointConfig
 from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, RaterGroup, choose_weights, group_raters
 from salmonn.records import Comparison
-from salmonn.train.raters import collect_votes, fit_rater_groups, train_raters
+from salmonn.train.raters import collect_votes, fit_rater_groups, measure_raters, train_raters
 from salmonn.train.reward import RewardTrainer, RewardTrainingConfig
 
 SMALL = IdealPointConfig(hidden=8, dropout=0.0, epochs=15, learning_rate=2e-2, batch_size=32)
@@ -38,16 +38,17 @@ def test_two_groups_of_raters_are_told_apart():
     texts = ("one", "one two three", "one two three four five six")
     groups = [group(f"{index}.mp4", texts, ((2, 0), (0, 1), (1, 2)), ("long", "short", "short")) for index in range(25)]
     states = [AnswerStates(torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [3.0, 0.0], [6.0, 0.0]]))] * 25
-    fitted = fit_rater_groups(states, groups, num_train=20, num_prototypes=None, config=SMALL, seed=1)
+    heldout = measure_raters(states, groups, num_train=20, num_prototypes=None, config=SMALL, seed=1)
+    fitted = fit_rater_groups(states, groups, heldout, num_train=20, config=SMALL, seed=1)
     assert len(fitted.info.sizes) == 2 and sum(fitted.info.sizes) == pytest.approx(1)
     # More than one prototype is needed: with one, the raters' mean decides each of the 75 votes of two opinions.
     accuracy = {one.num_prototypes: one.accuracy for one in fitted.info.candidates}
     assert accuracy[1] == pytest.approx(0.5) and accuracy[2] == pytest.approx(1)
     assert [(one.rater, one.num_votes, one.num_heldout, one.agreement) for one in fitted.raters] == [
-        ("long", 20, 5, 1.0), ("short", 40, 10, 1.0),
+        ("long", 25, 5, 1.0), ("short", 50, 10, 1.0),
     ]  # fmt: skip
     assert all(sum(one.weights) == pytest.approx(1, abs=1e-5) for one in fitted.raters)
-    assert (fitted.margins > 0).all() and len(fitted.margins) == 15
+    assert (heldout.margins > 0).all() and len(heldout.margins) == 15
     described = sorted(text.split(",")[0] for text in fitted.info.descriptions)
     assert described[0].startswith("words +") and described[1].startswith("words -")
     # The head of a rater, as it is saved and loaded.
@@ -60,8 +61,29 @@ def test_one_rater_has_one_prototype():
     """Without cross-validation, which could choose more by chance: 5 clips are too few to tell."""
     groups = [group(f"{index}.mp4", "xy", ((0, 1),), ("ann",)) for index in range(5)]
     states = [AnswerStates(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [3.0, 0.0]]))] * 5
-    fitted = fit_rater_groups(states, groups, num_train=4, num_prototypes=None, config=SMALL, seed=1)
-    assert fitted.info.sizes == (1.0,) and not fitted.info.candidates
+    heldout = measure_raters(states, groups, num_train=4, num_prototypes=None, config=SMALL, seed=1)
+    assert heldout.num_prototypes == 1 and not heldout.candidates
+
+
+def test_the_saved_model_is_fitted_to_all_clips():
+    """A rater who only voted on held-out clips is unknown when these are predicted, and known to the saved model.
+
+    Ann prefers the longer caption, Bob the shorter; Cy, who votes like Bob, has voted on held-out clips alone. With the
+    mean of Ann's and Bob's weights, his votes are predicted by chance at best.
+    """
+    texts = ("one", "one two three four")
+    groups = [group(f"{index}.mp4", texts, ((1, 0), (0, 1)), ("ann", "bob")) for index in range(20)]
+    groups += [group(f"{index}.mp4", texts, ((0, 1),), ("cy",)) for index in range(20, 30)]
+    states = [AnswerStates(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [4.0, 0.0]]))] * 30
+    heldout = measure_raters(states, groups, num_train=20, num_prototypes=2, config=SMALL, seed=1)
+    fitted = fit_rater_groups(states, groups, heldout, num_train=20, config=SMALL, seed=1)
+    ann, bob, cy = fitted.raters
+    assert (cy.num_votes, cy.num_heldout) == (10, 10) and bob.num_heldout == 0
+    preferred = [max((0, 1), key=one.weights.__getitem__) for one in (ann, bob, cy)]
+    assert preferred[0] != preferred[1] == preferred[2] and max(cy.weights) > 0.8
+    assert cy.agreement == float((heldout.margins > 0).float().mean())
+    assert heldout.margins.abs().max() < 0.5  # the mean of two opposite raters
+    assert len(fitted.rewards) == 60
 
 
 @pytest.mark.parametrize(
