@@ -1,7 +1,7 @@
 """A language model that compares two answers to a prompt by their texts alone, in both orders."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from salmonn.preference.benchmark import Outcome
@@ -82,7 +82,7 @@ def compare_items(
         if progress:
             progress(len(items) * done // total - len(items) * (done - 1) // total)
 
-    shares = iter(client.map_concurrent(lambda one: _ask(*one, client, attempts), comparisons, progress=report))
+    shares = iter(client.map_concurrent(lambda one: _compare(*one, client, attempts), comparisons, progress=report))
     outcomes, orders = [], []
     for item in items:
         if len(item.chosen) > 1:
@@ -104,10 +104,24 @@ def compare_items(
     return PairwiseResults(outcomes, orders)
 
 
-def _ask(prompt: str, first: str, second: str, client: LLMClient, attempts: int) -> float | str:
-    """Return the share of the verdict for the first answer, or why there is none."""
+def _compare(prompt: str, first: str, second: str, client: LLMClient, attempts: int) -> float | str:
     data = {"request": prompt, "answer_1": first, "answer_2": second}
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": encode_data(data)}]
+    return ask_which_is_better(SYSTEM, data, client, attempts=attempts)
+
+
+def ask_which_is_better(system: str, data: Mapping[str, object], client: LLMClient, *, attempts: int) -> float | str:
+    """Ask which of two texts is better; return the share of the verdict for the first one, or why there is none.
+
+    Args:
+        system: instructions, which end as `SYSTEM` does.
+        data: the texts and what they are about.
+        client: language model.
+        attempts: maximum number of requests.
+
+    Raises:
+        LLMStoppedError: no further request is possible.
+    """
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": encode_data(data)}]
     attempt = Attempt(messages, _SCHEMA, _parse)
     try:
         return ask_with_retries(client, [attempt] * attempts, seed=0)

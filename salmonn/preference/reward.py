@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
+from salmonn.preference.llm_voter import LLMVoterReward
 from salmonn.preference.rating import Rating, Reward
-from salmonn.preference.voter_reward import VoterReward
+from salmonn.preference.voter_reward import JudgeVoterReward, SimulatedVoterReward
 from salmonn.records import Reference, Score, Unscored
 from salmonn.score.api_keys import API_KEY_FLAG
 from salmonn.score.budget import Budget
@@ -32,9 +33,11 @@ class RewardConfig:
     Args:
         kind: "judge" rates by the judge's event counts, as -(Total + repetition_weight * repetition), plus
             dialogue_weight * dialogue accuracy; "model" lets the judge label a few clips and rates all captions by a
-            reward model trained on them (docs/reward.md); "voter" rates a caption by how often a simulated voter
-            prefers it to the clip's other samples (synthetic clips).
-        voter: kind of voter (docs/raters.md), for kind "voter".
+            reward model trained on them (docs/reward.md); "voter" rates a caption by how often a voter prefers it to
+            the clip's other samples.
+        voter: for kind "voter": "judge" prefers the caption that kind "judge" rates higher; "llm" is the judge's
+            language model, asked about each pair of captions in both orders; the others are simulated, for synthetic
+            clips (docs/raters.md).
         repetition_weight: penalty for a caption that consists of repeated clauses alone. A reward model learns Total
             alone; there repetition is counted in the text, and the weight is in standard deviations of the reward.
         dialogue_weight: weight, 0 or more, of the dialogue accuracy (docs/metrics.md) where references quote their
@@ -54,7 +57,7 @@ class RewardConfig:
     """
 
     kind: Literal["judge", "model", "voter"] = "judge"
-    voter: VoterKind = "metric"
+    voter: Literal[VoterKind, "judge", "llm"] = "metric"
     repetition_weight: float = 1.0
     dialogue_weight: float = 0.0
     model: Path | None = None
@@ -80,11 +83,16 @@ class RewardConfig:
             ("model", "length_penalty", self.length_penalty, 0.0),
             ("model", "caution", self.caution, 0.0),
             ("voter", "voter", self.voter, "metric"),
-            ("judge", "dialogue_weight", self.dialogue_weight, 0.0),
         )
         for kind, name, value, default in only_with:
             if kind != self.kind and value != default:
                 raise ValueError(f"reward.{name} {value} has no effect with reward.kind {self.kind}; leave it out")
+        if self.dialogue_weight and not self.rates_by_judge:
+            voter = f" and reward.voter {self.voter}" if self.kind == "voter" else ""
+            raise ValueError(
+                f"reward.dialogue_weight {self.dialogue_weight} has no effect with reward.kind {self.kind}{voter}; "
+                "leave it out"
+            )
         if self.prototype is not None and (self.model is None or self.refresh_clips):
             raise ValueError(
                 f"reward.prototype {self.prototype} needs --reward.model with an ideal-point model, and "
@@ -104,6 +112,16 @@ class RewardConfig:
             raise ValueError(
                 f"length_penalty and caution must be at least 0, got {self.length_penalty} and {self.caution}"
             )
+
+    @property
+    def rates_by_judge(self) -> bool:
+        """Whether all captions are rated by the judge's scores alone."""
+        return self.kind == "judge" or (self.kind == "voter" and self.voter == "judge")
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether a simulated voter rates."""
+        return self.kind == "voter" and self.voter not in ("judge", "llm")
 
 
 class JudgeReward(Reward):
@@ -165,16 +183,30 @@ def make_reward(config: RewardConfig, *, judge: Judge) -> Reward:
     Args:
         config: kind and weights.
         judge: judge of the run, which the judge reward uses.
+
+    Raises:
+        ValueError: the voter llm has no language model.
     """
-    match config.kind:
-        case "judge" | "model":
-            return JudgeReward(
-                judge, repetition_weight=config.repetition_weight, dialogue_weight=config.dialogue_weight
+    if config.kind == "voter":
+        return _make_voter_reward(config, judge)
+    return _make_judge_reward(config, judge)
+
+
+def _make_judge_reward(config: RewardConfig, judge: Judge) -> JudgeReward:
+    return JudgeReward(judge, repetition_weight=config.repetition_weight, dialogue_weight=config.dialogue_weight)
+
+
+def _make_voter_reward(config: RewardConfig, judge: Judge) -> Reward:
+    if config.voter == "judge":
+        return JudgeVoterReward(_make_judge_reward(config, judge))
+    if config.voter == "llm":
+        if not isinstance(judge, LLMJudge):
+            raise ValueError(
+                f"reward.voter llm asks the judge's language model, and judge.kind {judge.name} has none; use "
+                "--judge.kind openai, or --reward.voter judge"
             )
-        case "voter":
-            return VoterReward(judge, make_voter(config.voter))
-        case _:
-            assert_never(config.kind)
+        return LLMVoterReward(judge.client, attempts=len(judge.templates))
+    return SimulatedVoterReward(judge, make_voter(config.voter))
 
 
 def make_judge(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from salmonn.records import Mention, Reference, Score, Unscored
+from salmonn.records import Event, Mention, Reference, Score, Unscored
 from salmonn.score.chat_client import LLMRejectedError
 from salmonn.score.judge import ProgressCallback, ScoringTask, is_expected, make_score
 from salmonn.score.llm_client import LLMClient
@@ -233,6 +233,17 @@ _COUNT = {"type": "integer"}
 _ENTRY = {"number": _COUNT, "class": {"type": "string", "enum": list(CLASSES)}, "quote": {"type": "string"}}
 
 
+def describe_events(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return numbered events with their kinds and, where known, their times, as JSON values for a prompt."""
+    described = []
+    for number, event in enumerate(events, start=1):
+        one: dict[str, Any] = {"number": number, "event": event.text, "kind": event.modality}
+        if event.start_seconds is not None:
+            one["seconds"] = [event.start_seconds, event.end_seconds]
+        described.append(one)
+    return described
+
+
 class EventPrompt:
     """Prompt for the class of each event, with quotes, and for hallucinated claims."""
 
@@ -247,12 +258,7 @@ class EventPrompt:
 
     def messages(self, task: ScoringTask) -> list[ChatMessage]:
         """Return the definitions, then events and caption as one JSON object that no caption can break out of."""
-        events = []
-        for number, event in enumerate(task.reference.events, start=1):
-            described: dict[str, Any] = {"number": number, "event": event.text, "kind": event.modality}
-            if event.start_seconds is not None:
-                described["seconds"] = [event.start_seconds, event.end_seconds]
-            events.append(described)
+        events = describe_events(task.reference.events)
         data = encode_data({"events": events, "description": task.caption.text})
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
 

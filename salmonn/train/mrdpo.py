@@ -1,5 +1,6 @@
 """Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
 
+import logging
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from salmonn.train.run_folder import RunConfig
 from salmonn.train.sampling import SampleConfig
 from salmonn.train.server_sampling import SamplerConfig, ServerSampler
 from salmonn.train.sharded import check_sharded
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ class MrDpoConfig(RunConfig):
         if self.loss.kind == "nash" and self.reward.kind != "voter":
             raise ValueError(
                 f"loss.kind nash fits win rates, which reward.kind {self.reward.kind} does not give; use "
-                "--reward.kind voter, or another loss"
+                "--reward.kind voter (with --reward.voter judge for any videos), or another loss"
             )
 
     def _check_selection(self) -> None:
@@ -359,6 +362,7 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor, *, judg
         )
     if config.rebirth and tailor != "none":
         split_clips(train, config.rebirth.preference_fraction, seed=config.seed)
+    _log_comparisons(config, len(train.references))
     num_clips = config.kl.num_clips
     if num_clips and not any(reference.caption.strip() for reference in heldout.head(num_clips).references):
         raise ValueError(
@@ -366,6 +370,18 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor, *, judg
             "or set kl.num_clips 0"
         )
     return train, heldout
+
+
+def _log_comparisons(config: MrDpoConfig, num_clips: int) -> None:
+    """Log how many requests a voter that is a language model takes."""
+    if config.reward.voter == "llm":
+        number = config.sampling.num_samples
+        log.info(
+            "reward.voter llm: up to %d requests per round, for all pairs of %d captions of %d clips in both orders",
+            num_clips * number * (number - 1),
+            number,
+            num_clips,
+        )
 
 
 def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:
@@ -404,7 +420,7 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         config.estimate,
         num_samples=config.sampling.num_samples,
         batch_size=config.sampling.batch_size,
-        is_judged_by_model=config.judge.kind != "rule" and config.reward.kind == "judge",
+        is_judged_by_model=config.judge.kind != "rule" and config.reward.rates_by_judge,
         is_sampled_here=samples_here,
     )
     print_hours(work, config.estimate)

@@ -7,6 +7,7 @@ from typing import Any
 from salmonn import dist
 from salmonn.files import read_json
 from salmonn.model.loading import CONFIG_NAME
+from salmonn.preference.reward import RewardConfig
 from salmonn.preference.reward_model import hash_reward_model
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import RATES_NAME
@@ -44,7 +45,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         del settings[name]
     choose = partial(choose_settings, settings)
     greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
-    voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
+    voter = choose("reward.kind", "reward.voter") if config.reward.is_simulated else {}
     evaluation = choose("heldout_references", "synth", "judge") | greedy | voter
     if config.load_sharded:  # then a server captions held-out clips, too
         evaluation |= choose("load_sharded", "sampler")
@@ -101,6 +102,11 @@ def _example_steps(
     """Return the steps of a round before its training: captions, ratings and, except for GRPO, pairs."""
     folder, is_model = f"round_{number}", config.reward.kind == "model"
     rewarded = choose("references", "judge", "reward", *(("reward_training",) if is_model else ()))
+    selection = choose("selection", "subset")
+    if config.reward.voter == "judge" and config.loss.kind != "grpo":
+        # Ratings are made from the scores that the reward "judge" writes, so these are kept when the reward changes.
+        rewarded = {**rewarded, "reward.kind": "judge", "reward.voter": RewardConfig().voter}
+        selection = {**selection, **choose("reward.kind", "reward.voter")}
     earlier_labels = (f"round_{number - 1}/ratings",) if is_model and number > 1 else ()
     captions = _captions_step(
         folder, choose(*LOADING, "training_videos", "synth", "sampling", "sampler", "seed"), needs=needs
@@ -116,7 +122,7 @@ def _example_steps(
         return [captions, ratings]
     pairs = Step(
         f"{folder}/pairs",
-        choose("selection", "subset"),
+        selection,
         files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
         result=f"{folder}/{PAIRS_NAME}",
         needs=(ratings.name,),

@@ -14,7 +14,7 @@ from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import JudgeReward
-from salmonn.preference.voter_reward import VoterReward
+from salmonn.preference.voter_reward import SimulatedVoterReward
 from salmonn.records import Caption
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
@@ -163,7 +163,7 @@ def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None
         if needs_rates:
             result = _evaluate(captioner, folder, run)
             if dist.is_main():
-                if isinstance(run.reward, VoterReward):
+                if isinstance(run.reward, SimulatedVoterReward):
                     write_exploitability(results, run.reward.voter, result, run.heldout)
                 write_evaluation(results, result, judge=run.judge)  # last, as its rates mark the step as complete
         if needs_kl and captioner:

@@ -293,6 +293,51 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     assert 0 < max(factors.b.abs().max() for factors in adapter) < 1e-6  # the weight of the last round
 
 
+@pytest.mark.parametrize("voter", ["judge", "llm"])
+def test_voters_for_any_videos(finished, launch, flags, serve, tmp_path, voter):
+    """The judge as a voter on the scores of the other run; a language model that likes the longer of two captions."""
+    out, server = tmp_path / "mrdpo", serve(rule_judge_script)
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("rebirth", "merged", "adapter"))
+    changed = flags | {
+        "reward.kind": "voter", "reward.voter": voter, "loss.kind": "nash", "loss.ce_weight": 0, "rebirth": "null",
+        "redo_from": "round_1/pairs",
+    }  # fmt: skip
+    if voter == "llm":
+        judge = {"kind": "openai", "model": "m", "base_url": server.url, "cache": tmp_path / "c.sqlite"}
+        changed |= {f"judge.{name}": value for name, value in judge.items()} | {"redo_from": "round_1/ratings"}
+    result = launch("mrdpo", out=out, **changed)
+    assert result.returncode == 0, result.stderr
+    names = ("captions.jsonl", "scores.jsonl") if voter == "judge" else ("captions.jsonl",)
+    for name in names:
+        assert (out / "round_1" / name).stat().st_mtime_ns == (finished / "round_1" / name).stat().st_mtime_ns
+    by_video = {}
+    for caption in read_records(out / "round_1" / "captions.jsonl", Caption):
+        by_video.setdefault(caption.video, []).append(caption)
+    scores = {(one.video, one.sample): one for one in read_scores(finished / "round_1" / "scores.jsonl").scores}
+
+    def value(caption):
+        score = scores[caption.video, caption.sample]
+        return -score.total - score.repetition if voter == "judge" else len(caption.text)
+
+    def wins(caption):
+        others = [value(one) for one in by_video[caption.video] if one.sample != caption.sample]
+        return sum((value(caption) > one) + (value(caption) == one) / 2 for one in others) / len(others)
+
+    wins_of = {(one.video, one.text): wins(one) for captions in by_video.values() for one in captions}
+    pairs = read_records(out / "round_1" / "pairs.jsonl", Comparison)
+    assert pairs and {pair.source for pair in pairs} == {"rule" if voter == "judge" else f"m at {server.url}"}
+    for pair in pairs:
+        gap = wins_of[pair.video, pair.chosen] - wins_of[pair.video, pair.rejected]
+        assert pair.margin == pytest.approx(gap) and gap > 0
+    steps = [json.loads(line) for line in (out / "round_1" / "steps.jsonl").read_text().splitlines()]
+    assert steps[0]["dpo"] > 0 and (out / "round_1" / "merged").is_dir()
+    asked = [json.loads(request["messages"][1]["content"]) for request in server.requests]
+    texts = [len({one.text for one in captions}) for captions in by_video.values()]
+    num_asked = sum("description_1" in data for data in asked)
+    assert ("up to 96 requests per round" in " ".join(result.stdout.split())) == (voter == "llm")
+    assert num_asked == (0 if voter == "judge" else sum(number * (number - 1) for number in texts))
+
+
 def test_rebirth_from_an_aligned_teacher(finished, launch, flags, tmp_path):
     """Only rebirth is made again: drafts, their influence on the student, DPO on the teacher, and its captions."""
     out = tmp_path / "mrdpo"
@@ -405,6 +450,22 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
     assert changed(base, heldout=ClipSet(clips.references, Path("moved"))) == []
     judge = JudgeConfig(kind="openai", model="m", base_url="http://127.0.0.1:1/v1", concurrency=3)
     assert set(changed(replace(base, judge=judge))) == {*heldout_steps, "round_1/ratings", "round_2/ratings"}
+
+
+def test_steps_of_a_run_with_a_voter(load_recipe):
+    """Exploitability on held-out clips depends on a simulated voter; no other voter has it."""
+    clips = ClipSet([Reference("a.mp4", caption="a star")], Path("clips"))
+
+    def settings_of(kind):
+        config = MrDpoConfig(rounds=1, reward=RewardConfig("voter", voter=kind), rebirth=None)
+        steps = load_recipe("mrdpo").plan_steps(config, clips, clips, rating_file="scores.jsonl")
+        return {step.name: step.settings for step in steps if "reward.voter" in step.settings}
+
+    assert list(settings_of("cycle")) == ["sft/heldout", "round_1/ratings", "round_1/heldout"]
+    assert list(settings_of("llm")) == ["round_1/ratings"]
+    # The scores are those of the reward "judge", of which other pairs are made.
+    judge = settings_of("judge")
+    assert judge["round_1/ratings"]["reward.kind"] == "judge" and judge["round_1/pairs"]["reward.kind"] == "voter"
 
 
 def rates(total: float) -> Rates:

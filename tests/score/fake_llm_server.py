@@ -159,7 +159,12 @@ def _class_of(mention: Mention | None) -> str:
 
 
 def rule_judge_script(request: dict[str, Any], number: int) -> Answer:
-    """Script that judges like the rule judge, and prefers the first one of two answers."""
-    if "answer_1" in json.loads(request["messages"][1]["content"]):
+    """Script that judges like the rule judge, and prefers the longer description and the first one of two answers."""
+    data = json.loads(request["messages"][1]["content"])
+    if "answer_1" in data:
         return Answer('{"better": "1"}')
+    if "description_1" in data:
+        lengths = len(data["description_1"]), len(data["description_2"])
+        better = "tie" if lengths[0] == lengths[1] else "1" if lengths[0] > lengths[1] else "2"
+        return Answer(json.dumps({"better": better}))
     return Answer(json.dumps(rule_judge_reply(request)))
