@@ -5,23 +5,27 @@
 Raters belong to groups that want different things, or are voters with a known flaw (--kind, as `make_voter` in
 salmonn/synthetic/raters.py); a rater's name says which. Captions of the same clip are judged by the rule judge, and
 each vote is between two of them that differ in words. Needs several captions of each clip: the file of a round, or that
-of `salmonn caption --temperature 0.8` with several seeds.
+of `salmonn caption --temperature 0.8` with several seeds. Also says for how many triples of captions of a clip the
+majority of the raters has cyclic preferences.
 """
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import get_args
 
 from salmonn.files import atomic_folder, read_records, write_records
 from salmonn.preference.feedback import FEEDBACK_NAME, Candidate, Feedback, keep_video
+from salmonn.preference.voter_reward import win_probability
 from salmonn.records import Caption, Reference
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import (
     GROUPS,
     CaptionTraits,
+    Crowd,
     NoiseName,
     Rater,
     VoterKind,
@@ -38,14 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write a folder of votes."""
     options = _parse(arguments)
     try:
-        num_votes = write_votes(options)
+        num_votes, num_cyclic, num_triples = write_votes(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    sys.stderr.write(f"{num_votes} votes of {options.raters} raters written to {options.out}\n")
+    sys.stderr.write(
+        f"{num_votes} votes of {options.raters} raters written to {options.out}; their majority is cyclic for "
+        f"{num_cyclic} of {num_triples} triples of captions ({num_cyclic / max(num_triples, 1):.2%})\n"
+    )
 
 
-def write_votes(options: Namespace) -> int:
-    """Draw the votes, write them with their videos, and return their number.
+def write_votes(options: Namespace) -> tuple[int, int, int]:
+    """Draw the votes, write them with their videos, and return their number and that of cyclic and of all triples.
 
     Raises:
         ValueError: a caption has no reference, or the folder holds something.
@@ -87,7 +94,31 @@ def write_votes(options: Namespace) -> int:
                     )
                 )
         write_records(folder / FEEDBACK_NAME, votes)
-    return len(votes)
+    return len(votes), *count_cycles(Crowd("all", raters), clips)
+
+
+def count_cycles(voter: Rater, clips: Sequence[Mapping[str, CaptionTraits]]) -> tuple[int, int]:
+    """Count the triples of captions of a clip, each of which a voter prefers to the next one in a circle.
+
+    Args:
+        voter: a rater, or a crowd for the majority of its members' preferences.
+        clips: text -> traits of the distinct captions of each clip.
+
+    Returns:
+        Number of cyclic triples, and of all triples.
+    """
+    num_cyclic = num_triples = 0
+    for captions in clips:
+        numbered = list(enumerate(captions.values()))
+        margins = {
+            (i, j): round(win_probability(voter, one, other) - 0.5, 9)  # 0 for a tie, without rounding errors
+            for (i, one), (j, other) in combinations(numbered, 2)
+        }
+        for i, j, k in combinations(range(len(numbered)), 3):
+            circle = margins[i, j], margins[j, k], -margins[i, k]
+            num_cyclic += min(circle) > 0 or max(circle) < 0
+            num_triples += 1
+    return num_cyclic, num_triples
 
 
 def _judge(captions: dict[str, Caption], reference: Reference) -> dict[str, CaptionTraits]:

@@ -230,7 +230,7 @@ def group_utility(group: str, traits: CaptionTraits) -> float:
 def make_voter(kind: VoterKind, *, seed: int = 0) -> Rater:
     """Make a voter; the seed only distinguishes the votes of several voters of a kind.
 
-    crowd is doubter, eye and ear, each as often as the others. It looks intransitive, but hardly is.
+    crowd is doubter, eye and ear, each as often as the others. It looks intransitive, but hardly is (docs/raters.md).
     """
     name = f"{kind}-{seed}"
     if kind == "crowd":

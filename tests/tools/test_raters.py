@@ -9,6 +9,7 @@ from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.feedback_report import summarize_raters
 from salmonn.records import Caption, Reference
+from salmonn.synthetic.raters import CaptionTraits, make_voter
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 
@@ -33,7 +34,9 @@ def test_votes_are_like_those_of_people(captions, load_tool, tmp_path, capsys):
         {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
         for name in ("one", "two")
     )
-    assert one == two and "120 votes of 4 raters" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert one == two and "120 votes of 4 raters" in message
+    assert "is cyclic for 0 of 0 triples of captions (0.00%)" in message  # there are two different captions of a clip
     votes = FeedbackStore(tmp_path / "one").read()
     whole = {one.caption for one in read_records(tmp_path / "clips/clips.jsonl", Reference)}
     for vote in votes:
@@ -53,3 +56,17 @@ def test_votes_are_like_those_of_people(captions, load_tool, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"error: other\.mp4 has no reference"):
         tool.main([str(captions), *flags, "--out", str(tmp_path / "three")])
     assert not Path(tmp_path / "three").exists()
+
+
+def test_cyclic_triples_by_hand(load_tool):
+    """eye: a > b > c, ear: b > c > a, doubter: c > a > b, so that two of three prefer a to b to c to a.
+
+    d is worse than all in all respects, and e is equal to d.
+    """
+    a, b, c = CaptionTraits(0.9, 0.1, 0.4, 0, 1), CaptionTraits(0.5, 0.9, 0.9, 0, 1), CaptionTraits(0.1, 0.5, 0.1, 0, 1)
+    d = CaptionTraits(0, 0, 2, 0, 1)
+    count = load_tool("raters").count_cycles
+    crowd, metric = make_voter("crowd"), make_voter("metric")
+    clips = [{"a": a, "b": b, "c": c}, {"c": c, "b": b, "a": a, "d": d, "e": d}, {"a": a, "b": b}]
+    assert count(crowd, clips) == (2, 1 + 10)
+    assert count(metric, clips) == (0, 11)
