@@ -83,6 +83,16 @@ def arm(
     return {name: Part("recipes/mrdpo.py", make_flags, result, needs, copied_from(source, name, shared, pairs=pairs))}
 
 
+def continued(name: str, *flags: str) -> Part:
+    """Return three rounds that follow those of the recipe's CE alone, with further decay of the learning rate."""
+
+    def make(seed: int, out: Path) -> list[str]:
+        model = run_folder("recipe_ce", seed, out) / "round_3" / "merged"
+        return [*recipe_flags(name, "--fit.learning_rate=2.4e-4", *flags)(seed, out), f"--model={model}"]
+
+    return Part("recipes/mrdpo.py", make, f"loop/seed_{{seed}}/{name}/summary.json", ("recipe_ce",))
+
+
 def voted(name: str, voter: str, num_votes: int, *flags: str) -> dict[str, Part]:
     """Return an arm that is trained on votes alone."""
 
@@ -151,6 +161,10 @@ PARTS: dict[str, Part] = {
     "recipe": recipe_part(),
     **arm("recipe_ce", "--loss.beta=1e-6", source="recipe", shared=PAIRS, recipe=True),
     **arm("recipe_dpo", "--loss.ce_weight=0", source="recipe", shared=PAIRS, recipe=True),
+    "ce_recipe": continued("ce_recipe"),
+    "ce_ce": replace(
+        continued("ce_ce", "--loss.beta=1e-6"), needs=("ce_recipe",), prepare=copied_from("ce_recipe", "ce_ce", PAIRS)
+    ),
     **voted("noisy_50", "noisy", 50),
     **voted("noisy_130", "noisy", 130),
     **voted("noisy_400", "noisy", 400),
@@ -187,7 +201,7 @@ GROUPS: dict[str, Sequence[str]] = {
     "grpo": ("no_ce", "grpo"),
     "votes": ("noisy_400", "noisy_130", "noisy_50", "noisy_400_robust", "long_400"),
     "rounds": ("all_rounds", "best_rounds"),
-    "recipe": ("recipe", "recipe_ce", "recipe_dpo"),
+    "recipe": ("recipe", "recipe_ce", "recipe_dpo", "ce_recipe", "ce_ce"),
     "tailor": ("tailor_none", "tailor_teacher", "tailor_random"),
     "nash": ("game", "nash", "cycle_dpo"),
 }  # fmt: skip
@@ -214,6 +228,8 @@ TITLES = {
     "recipe": "default recipe (`mrdpo.yaml`), three rounds",
     "recipe_ce": "control: its CE alone, without DPO",
     "recipe_dpo": "control: its DPO without CE",
+    "ce_recipe": "three rounds of CE alone, then three of the default recipe",
+    "ce_ce": "control: six rounds of CE alone",
     "tailor_none": "rebirth",
     "tailor_teacher": "rebirth, `teacher`",
     "tailor_random": "rebirth, control `random`",
@@ -319,6 +335,8 @@ ROWS = (
     Row("below its CE alone in Total + Repetition, points: >= 2", both("recipe", "recipe_ce"),
         lambda points: points >= 2),
     Row("below its DPO without CE, points: >= 0", below("recipe", "recipe_dpo"), lambda points: points >= 0),
+    Row("three rounds of it after three of CE alone, below six of CE alone, points: >= 2", below("ce_recipe", "ce_ce"),
+        lambda points: points >= 2),
     Row("**Subset, noisy votes**: Total after one round on 128 of all pairs, %", percent("votes_full")),
     Row("control: 128 random ones", percent("votes_random")),
     Row("below random ones, points: >= 8", below("votes_full", "votes_random"), lambda points: points >= 8),
