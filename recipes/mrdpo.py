@@ -23,7 +23,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
 from salmonn.preference.groups import make_groups
-from salmonn.preference.losses import Role, make_loss
+from salmonn.preference.losses import make_loss
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
@@ -72,6 +72,7 @@ from salmonn.train.rounds import (
     best_round,
     load_or_select,
     over_optimization,
+    rate_against,
     rate_captions,
     require_examples,
     require_margin,
@@ -98,6 +99,7 @@ from salmonn.train.stages import (
 from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("mrdpo")
+OPPONENT_SEED = 500  # added to the seed of a round
 # Drafts of a clip whose influences differ by a standard deviation. Influence grows with length, so lengths are alike.
 TEACHER_PAIRS = SelectionConfig(min_gap=1.0, max_pairs_per_video=1, max_length_ratio=1.3)
 
@@ -191,10 +193,7 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     if is_complete(folder):
         return folder / "merged"
 
-    # Sample, rate, and select pairs or, for GRPO, group by clip.
-    examples = make_round_examples(number, policy, run, roles=make_loss(config.round_loss).roles)
-
-    # Train and merge a fresh LoRA. All rounds are added to the start, and their sum is rounded once.
+    # A fresh LoRA is trained. All rounds are added to the start, and their sum is rounded once.
     stage = Stage(
         folder, seed, config.round_loss, config.round_fit(number), earlier=adapters_of_rounds(number - 1, config)
     )
@@ -202,9 +201,32 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
         stage = replace(stage, reference_policy=config.model)
     if number > 1 and config.reference_policy == "mixed":
         stage = replace(stage, anchor=config.model)
+
+    # Mirror Prox: after a half step, the same captions are compared with those of its model.
+    opponents = sample_opponents(number, policy, stage, run) if config.extrapolate else ()
+
+    # Sample, rate, and select pairs or, for GRPO, group by clip; then train and merge.
+    examples = make_round_examples(number, policy, run, stage=stage, opponents=opponents)
     if number == config.rounds:
         stage = replace(stage, num_questions=config.num_questions, weight=config.last_round_weight)
     return train_on_preferences(examples, policy, stage, run)
+
+
+def sample_opponents(number: int, policy: ModelPath, stage: Stage, run: Run) -> list[Caption]:
+    """Train the model that the round would lead to without opponents, and sample its captions of the training clips.
+
+    Raises:
+        RoundFailedError: there are too few pairs, or the model has not learned to prefer the chosen captions.
+    """
+    stage = replace(stage, folder=stage.folder / "half")
+    model = stage.folder / "merged"
+    if not is_complete(stage.folder):
+        examples = make_round_examples(number, policy, run, stage=stage)
+        model = train_on_preferences(examples, policy, stage, run)
+    adapters, name = [*stage.earlier, stage.folder / "adapter"], f"round_{number}: opponents"
+    # With the seed of the round's captions, a similar model would sample much the same ones.
+    seed = stage.seed + OPPONENT_SEED
+    return run.sample(model, adapters, run.train, run.config.sampling, name=name, seed=seed, folder=stage.folder)
 
 
 def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: Stage, run: Run) -> Path:
@@ -264,13 +286,15 @@ def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: 
         )
 
 
-def make_round_examples(number: int, policy: ModelPath, run: Run, *, roles: Sequence[Role]) -> Sequence[Example]:
-    """Make the examples of a round: preference pairs, or groups of samples for GRPO.
+def make_round_examples(
+    number: int, policy: ModelPath, run: Run, *, stage: Stage, opponents: Sequence[Caption] = ()
+) -> Sequence[Example]:
+    """Make the examples of a round, or of its half step: preference pairs, or groups of samples for GRPO.
 
     Raises:
         RoundFailedError: there are too few.
     """
-    config, train, name = run.config, run.train, run.folder(number).name
+    config, train, name = run.config, run.train, stage.folder.relative_to(run.config.out).as_posix()
     if config.loss.kind == "grpo":
         captions, ratings, _ = sample_and_rate(number, policy, run)
         groups = make_groups(captions, ratings, train.by_video)
@@ -278,17 +302,24 @@ def make_round_examples(number: int, policy: ModelPath, run: Run, *, roles: Sequ
         require_examples(groups, config.early_stopping, batch_size=config.fit.batch_size, name=name, are_groups=True)
         sources = [ClipSource(train.root / group.captions[0].video) for group in groups]
         return [GroupExample(group, train.features[source]) for group, source in zip(groups, sources, strict=True)]
-    pairs = make_pairs(number, policy, run)
+    pairs = make_pairs(number, policy, run, folder=stage.folder, opponents=opponents)
     require_examples(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=name)
-    return make_pair_examples(pairs, train, roles=roles)
+    return make_pair_examples(pairs, train, roles=make_loss(stage.loss).roles)
 
 
-def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
-    """Sample captions of the training clips, rate them and select preference pairs, or load those of an earlier run."""
+def make_pairs(
+    number: int, policy: ModelPath, run: Run, *, folder: Path, opponents: Sequence[Caption] = ()
+) -> list[Comparison]:
+    """Sample captions of the training clips, rate them and select preference pairs, or load those of an earlier run.
+
+    With opponents, captions are rated by their win rates against those.
+    """
     config = run.config
     if number > 1 and not config.fresh_pairs:
         return read_records(run.folder(1) / PAIRS_NAME, Comparison)
     captions, ratings, min_gap = sample_and_rate(number, policy, run)
+    if opponents:
+        ratings = rate_against(captions, opponents, run.train, reward=run.reward, folder=folder)
     pairs = load_or_select(
         captions,
         ratings,
@@ -296,7 +327,7 @@ def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
         config=replace(config.selection, min_gap=min_gap),
         subset=config.subset,
         source="reward model" if config.reward.kind == "model" else run.reward.name,
-        folder=run.folder(number),
+        folder=folder,
     )
     return mark_clauses(pairs, captions, ratings) if config.loss.per == "clause" else pairs
 

@@ -68,26 +68,39 @@ class VoterReward(Reward, Generic[View]):
         """Rate captions by their win rates; a clip's only caption gets 0.5."""
         return self.rate_contenders(self.examine(tasks))
 
-    def rate_contenders(self, contenders: Sequence[Contender[View] | Unscored]) -> list[Rating | Unscored]:
-        """Rate captions by their win rates; one without any comparison that succeeded is unscored."""
+    def rate_against(self, tasks: Sequence[ScoringTask], opponents: Sequence[ScoringTask]) -> list[Rating | Unscored]:
+        """Rate captions by their win rates against other captions of their clips, such as those of another policy."""
+        return self.rate_contenders(self.examine(tasks), self.examine(opponents))
+
+    def rate_contenders(
+        self,
+        contenders: Sequence[Contender[View] | Unscored],
+        opponents: Sequence[Contender[View] | Unscored] | None = None,
+    ) -> list[Rating | Unscored]:
+        """Rate captions by their win rates; one without any comparison that succeeded is unscored.
+
+        Args:
+            contenders: the captions.
+            opponents: captions that they are compared with; none for one another.
+        """
         by_video: dict[str, list[Contender[View]]] = {}
-        for one in contenders:
+        for one in contenders if opponents is None else opponents:
             if not isinstance(one, Unscored):
                 by_video.setdefault(one.video, []).append(one)
-        opponents = [
-            [] if isinstance(one, Unscored) else [other for other in by_video[one.video] if other is not one]
+        opposed = [
+            [] if isinstance(one, Unscored) else [other for other in by_video.get(one.video, ()) if other is not one]
             for one in contenders
         ]
         pairs = [
             (one.view, other.view)
-            for one, others in zip(contenders, opponents, strict=True)
+            for one, others in zip(contenders, opposed, strict=True)
             if not isinstance(one, Unscored)
             for other in others
         ]
         verdicts = iter(self.compare(pairs))
         return [
             one if isinstance(one, Unscored) else _rate_one(one, [next(verdicts) for _ in others])
-            for one, others in zip(contenders, opponents, strict=True)
+            for one, others in zip(contenders, opposed, strict=True)
         ]
 
 

@@ -84,6 +84,9 @@ class MrDpoConfig(RunConfig):
         reference_policy: policy that rewards are relative to: the start of the round, the start of the run, or a
             mixture of both ("mixed"), which anchors the rounds: Nash learning from preferences, with loss.kind nash.
         eta: weight of the run's start in the mixture, against 1 for the start of the round.
+        extrapolate: train each round twice from the same start, as Mirror Prox (arXiv 2505.19731) does: first on the
+            win rates of its captions against one another, then on their win rates against captions of the model that
+            results. Needs loss.kind nash.
         qa_fraction: fraction of the last round's examples that are questions on the training clips.
         sampling: sampling of captions.
         sampler: where captions of the training clips are sampled.
@@ -117,6 +120,7 @@ class MrDpoConfig(RunConfig):
     fresh_pairs: bool = True
     reference_policy: Literal["round_start", "run_start", "mixed"] = "round_start"
     eta: float = 0.5
+    extrapolate: bool = False
     qa_fraction: float = 0.0
     sampling: SampleConfig = field(default_factory=SampleConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -193,6 +197,11 @@ class MrDpoConfig(RunConfig):
             raise ValueError(
                 "loss.kind grpo trains on the round's own samples, relative to the policy that wrote them; set "
                 "fresh_pairs true and reference_policy round_start"
+            )
+        if self.extrapolate and not (self.loss.kind == "nash" and self.fresh_pairs):
+            raise ValueError(
+                "extrapolate rates each round's captions by their win rates against those of another model; set "
+                "loss.kind nash and fresh_pairs true, or leave extrapolate out"
             )
         if not 0 < self.eta < math.inf:
             raise ValueError(f"eta must be above 0, got {self.eta}")
@@ -299,6 +308,8 @@ class MrDpoConfig(RunConfig):
         # Rebirth and its teacher start from the last round's model; otherwise nothing is sampled from that.
         tailors_teacher = self.rebirth is not None and self.rebirth.tailor in ("teacher", "random")
         num_adapters = self.rounds - (not self.load_sharded) + (self.rebirth is not None) + tailors_teacher
+        if self.extrapolate:  # the last round's opponent has an adapter, too
+            num_adapters = max(num_adapters, self.rounds)
         return ServerSampler(
             self.sampler,
             processor,

@@ -14,7 +14,7 @@ from salmonn.train.evaluate import RATES_NAME
 from salmonn.train.influence import INFLUENCE_NAME
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig
 from salmonn.train.reward_rounds import LABEL_FILES
-from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME
+from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, WINS_NAME
 from salmonn.train.run_log import SUMMARY_NAME
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
 from salmonn.train.sampling import CAPTIONS_NAME, PARTIAL_NAME
@@ -118,24 +118,44 @@ def _example_steps(
         result=f"{folder}/{rating_file}",
         needs=(captions.name, *earlier_labels),
     )
+    steps = [captions, ratings]
     if config.loss.kind == "grpo":
-        return [captions, ratings]
-    pairs = Step(
-        f"{folder}/pairs",
-        selection,
-        files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
-        result=f"{folder}/{PAIRS_NAME}",
-        needs=(ratings.name,),
-    )
-    return [captions, ratings, pairs]
+        return steps
+    if config.extrapolate:
+        half = f"{folder}/half"
+        steps.append(_pairs_step(half, selection, needs=(ratings.name,)))
+        settings = _round_settings(config, number, choose, is_half_step=True)
+        files = tuple(f"{half}/{name}" for name in MERGED_FILES)
+        steps += [
+            Step(f"{half}/model", settings, files, f"{half}/merged/{CONFIG_NAME}", (steps[-1].name, *needs)),
+            _captions_step(half, captions.settings, needs=(f"{half}/model",)),
+            Step(
+                f"{folder}/wins",
+                rewarded,
+                (f"{folder}/{WINS_NAME}",),
+                f"{folder}/{WINS_NAME}",
+                (captions.name, f"{half}/captions"),
+            ),
+        ]
+        selection = {**selection, **choose("extrapolate")}  # absent in runs without it
+    return [*steps, _pairs_step(folder, selection, needs=(steps[-1].name,))]
 
 
-def _round_settings(config: MrDpoConfig, number: int, choose: Callable[..., Settings]) -> dict[str, Any]:
+def _pairs_step(folder: str, settings: Settings, *, needs: tuple[str, ...]) -> Step:
+    result = f"{folder}/{PAIRS_NAME}"
+    return Step(f"{folder}/pairs", settings, (result, f"{folder}/{IMPORTANCE_NAME}"), result, needs)
+
+
+def _round_settings(
+    config: MrDpoConfig, number: int, choose: Callable[..., Settings], *, is_half_step: bool = False
+) -> dict[str, Any]:
     """Return what the model of a round depends on, besides its examples and the policy that it starts from."""
     settings = dict(choose("loss", "lora", "fit", "seed"))
     settings["fit.learning_rate"] = config.round_fit(number).learning_rate
     settings |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
     settings |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
+    if is_half_step:
+        return settings
     settings |= {"num_questions": config.num_questions if number == config.rounds else 0}
     if number == config.rounds and config.last_round_weight != 1:  # absent, the default, in earlier runs
         settings |= choose("last_round_weight")

@@ -13,7 +13,9 @@ from salmonn.preference.repeat_negatives import select_repeat_negatives
 from salmonn.preference.repetition_pairs import max_repetition_pairs, select_repetition_pairs
 from salmonn.preference.selection import SelectionConfig, make_selector, select_pairs, summarize_pairs
 from salmonn.preference.subset import SubsetConfig, rank_pairs
-from salmonn.records import Caption, Comparison
+from salmonn.preference.voter_reward import VoterReward
+from salmonn.records import Caption, Comparison, Unscored
+from salmonn.score.judge import ScoringTask
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import drop_unscored, judge_captions
 from salmonn.train.rating_ahead import RatingAhead
@@ -23,6 +25,7 @@ from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 log = logging.getLogger(__name__)
 PAIRS_NAME = "pairs.jsonl"
 IMPORTANCE_NAME = "importance.jsonl"
+WINS_NAME = "wins.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,37 @@ def rate_captions(
             reward.save(path, results)
         dist.barrier()
     return reward.load(path)
+
+
+def rate_against(
+    captions: Sequence[Caption], opponents: Sequence[Caption], clips: ClipSet, *, reward: Reward, folder: Path
+) -> list[Rating]:
+    """Rate captions by their win rates against opponents on all ranks, or load the wins.jsonl of an earlier run.
+
+    Unscored captions are left out.
+
+    Args:
+        captions, opponents: captions of the same clips.
+        clips: clips with their references.
+        reward: reward that compares captions.
+        folder: folder of the round.
+
+    Raises:
+        ValueError: all captions are unscored.
+    """
+    assert isinstance(reward, VoterReward)
+    references, by_video = clips.by_video, dict[str, list[ScoringTask]]()
+    for one in opponents:
+        by_video.setdefault(one.video, []).append(ScoringTask(references[one.video], one))
+
+    def judge(tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
+        videos = dict.fromkeys(task.caption.video for task in tasks)
+        return reward.rate_against(tasks, [task for video in videos for task in by_video.get(video, ())])
+
+    def rate() -> list[Rating]:
+        return drop_unscored(judge_captions(captions, references, judge=judge), name=folder.name)
+
+    return load_or_create(folder / WINS_NAME, Rating, rate)
 
 
 def load_or_select(
@@ -175,7 +209,7 @@ def require_examples(
     raise RoundFailedError(
         f"{name} has {len(examples)} {found}, fewer than {required} (early_stopping.min_pairs, by default "
         f"fit.batch_size): {smaller_gap}sample more captions (sampling.num_samples) or at a higher temperature with "
-        f"--redo-from {name}/captions"
+        f"--redo-from {name.partition('/')[0]}/captions"
     )
 
 

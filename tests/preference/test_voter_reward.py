@@ -149,6 +149,8 @@ def test_a_language_model_compares_each_pair_in_both_orders(ask):
     assert data["events"] == [{"number": 1, "event": "a man sings", "kind": "visual"}]
     assert data["reference"] == "A man sings."
     assert reward.rate(tasks) == ratings and len(requests) == 12  # replies are kept
+    (against,) = reward.rate_against(real_tasks("first"), real_tasks("paper", "new", "first"))
+    assert against.value == (0.75 + 0.75 + 0.5) / 3 and len(requests) == 14  # "new" in both orders
 
 
 def test_a_killed_round_asks_only_about_what_has_no_reply(ask):
@@ -177,6 +179,20 @@ def test_what_a_language_model_needs_to_vote(ask):
         reward.check(replace(REAL, events=(), caption=" "))
     with pytest.raises(ValueError, match=r"use --judge\.kind openai, or --reward\.voter judge"):
         make_reward(RewardConfig("voter", voter="llm"), judge=RuleJudge())
+
+
+def test_win_rates_against_another_policy_by_hand():
+    """Against opponents that all say "is heard": "plays" wins with 0.9, "is heard" draws, silence wins with 0.3.
+
+    A clip without opponents says nothing.
+    """
+    reward = SimulatedVoterReward(RuleJudge(), make_voter("cycle"))
+    opponents = tasks_of([TEXTS[1], TEXTS[1]])
+    ratings = reward.rate_against(tasks_of(), opponents)
+    assert [one.value for one in ratings] == pytest.approx([0.9, 0.5, 0.1, 0.3])
+    other = replace(REFERENCE, video="b.mp4")
+    (alone,) = reward.rate_against([ScoringTask(other, Caption("b.mp4", TEXTS[0]))], opponents)
+    assert alone.value == 0.5
 
 
 def test_the_order_of_showing_does_not_count():

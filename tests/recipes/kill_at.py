@@ -73,6 +73,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "captions": lambda: before(run_folder, "write_records", when=has_name("captions.jsonl")),
     "judging": lambda: before(reward, "write_scores"),
     "pairing": lambda: before(run_folder, "write_records", when=has_name("pairs.jsonl")),
+    "wins": lambda: before(run_folder, "write_records", when=has_name("wins.jsonl")),
     "reference": lambda: before(reference_logps, "write_json"),
     "step": lambda: before(torch.optim.AdamW, "step", calls=2),
     "checkpoint": lambda: while_writing(checkpoint, "save_file"),

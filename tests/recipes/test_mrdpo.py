@@ -21,11 +21,14 @@ from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import REWARD_FORMAT
 from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
+from salmonn.preference.voter_reward import win_probability
 from salmonn.records import Caption, Comparison, Question, Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
+from salmonn.score.judge import ScoringTask
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
+from salmonn.synthetic.raters import caption_traits, make_voter
 from salmonn.train.data import ClipSet
 from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
@@ -293,6 +296,62 @@ def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path)
     assert 0 < max(factors.b.abs().max() for factors in adapter) < 1e-6  # the weight of the last round
 
 
+def test_extrapolation(finished, command_of, launch, flags, tmp_path):
+    """The second step of a round starts where the first did, and its win rates are against the first one's captions.
+
+    A run that is killed between the two ends with the same files.
+    """
+    changed = flags | {
+        "reward.kind": "voter", "reward.voter": "cycle", "loss.kind": "nash", "loss.ce_weight": 0, "rounds": 2,
+        "reference_policy": "mixed", "extrapolate": "true", "rebirth": "null", "redo_from": "round_2/captions",
+        "last_round_weight": 1e-6,
+    }  # fmt: skip
+    out, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (out, killed):
+        shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("rebirth"))
+    python, recipe, *options = command_of("mrdpo", out=killed, **changed)
+    command = forked(python, Path(__file__).with_name("kill_at.py"), "wins", recipe, *options)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, result.stderr
+    assert (killed / "round_2" / "half" / "merged").is_dir() and not (killed / "round_2" / "pairs.jsonl").exists()
+    for folder in (out, killed):
+        result = launch("mrdpo", out=folder, **changed)
+        assert result.returncode == 0, result.stderr
+    assert files_of(killed) == files_of(out)
+    for name in sorted(name for name in files_of(out) if name.startswith("round_2")):
+        assert content(killed, name) == content(out, name), name
+
+    folder = out / "round_2"
+    captions, opponents = (read_records(folder / name, Caption) for name in ("captions.jsonl", "half/captions.jsonl"))
+    assert [one.text for one in captions] != [one.text for one in opponents]
+    (clips,) = flags["clips_dir"].glob("seed*-8/clips.jsonl")
+    references = {one.video: one for one in read_records(clips, Reference)}
+    judge, voter = RuleJudge(), make_voter("cycle")
+
+    def traits(caption):
+        reference = references[caption.video]
+        return caption_traits(caption, judge.judge_one(ScoringTask(reference, caption)), reference)
+
+    expected = []
+    for caption in captions:
+        others = [traits(one) for one in opponents if one.video == caption.video]
+        expected.append(sum(win_probability(voter, traits(caption), one) for one in others) / len(others))
+    wins = [json.loads(line)["parts"]["wins"] for line in (folder / "wins.jsonl").read_text().splitlines()]
+    ratings = [json.loads(line)["parts"]["wins"] for line in (folder / "ratings.jsonl").read_text().splitlines()]
+    assert wins == pytest.approx(expected) and wins != pytest.approx(ratings)
+    for path, values in ((folder / "pairs.jsonl", wins), (folder / "half" / "pairs.jsonl", ratings)):
+        value_of = {(one.video, one.text): value for one, value in reversed(list(zip(captions, values, strict=True)))}
+        pairs = read_records(path, Comparison)
+        assert pairs
+        for pair in pairs:
+            gap = value_of[pair.video, pair.chosen] - value_of[pair.video, pair.rejected]
+            assert pair.margin == pytest.approx(gap)
+    # Both steps start from the first round's model; the weight of the last round leaves the second one's there.
+    start, half, end = (weights(out / name / "merged") for name in ("round_1", "round_2/half", "round_2"))
+    moved = {name for name in start if not torch.allclose(start[name], half[name], atol=1e-5)}
+    assert moved and all(torch.allclose(start[name], end[name], atol=1e-5) for name in moved)
+
+
 @pytest.mark.parametrize("voter", ["judge", "llm"])
 def test_voters_for_any_videos(finished, launch, flags, serve, tmp_path, voter):
     """The judge as a voter on the scores of the other run; a language model that likes the longer of two captions."""
@@ -468,6 +527,28 @@ def test_steps_of_a_run_with_a_voter(load_recipe):
     assert judge["round_1/ratings"]["reward.kind"] == "judge" and judge["round_1/pairs"]["reward.kind"] == "voter"
 
 
+def test_steps_of_a_round_with_extrapolation(load_recipe):
+    """The half step comes before the pairs of the round, which depend on it."""
+    clips = ClipSet([Reference("a.mp4", caption="a star")], Path("clips"))
+    base = MrDpoConfig(
+        rounds=1, loss=LossConfig("nash", ce_weight=0.0), reward=RewardConfig("voter"), rebirth=None, qa_fraction=0.5
+    )
+
+    def steps_of(config):
+        steps = load_recipe("mrdpo").plan_steps(config, clips, clips, rating_file="ratings.jsonl")
+        return {step.name: step for step in steps}
+
+    plain, steps = steps_of(base), steps_of(replace(base, extrapolate=True))
+    added = ["round_1/half/pairs", "round_1/half/model", "round_1/half/captions", "round_1/wins"]
+    assert [name for name in steps if name not in plain] == added
+    assert list(steps).index("round_1/ratings") < list(steps).index(added[0]) < list(steps).index("round_1/pairs")
+    assert steps["round_1/pairs"].needs == ("round_1/wins",)
+    assert steps["round_1/wins"].needs == ("round_1/captions", "round_1/half/captions")
+    assert [name for name in plain if steps[name].settings != plain[name].settings] == ["round_1/pairs"]
+    changed = steps_of(replace(base, extrapolate=True, qa_fraction=0.25))
+    assert [name for name in steps if steps[name].settings != changed[name].settings] == ["round_1/model"]
+
+
 def rates(total: float) -> Rates:
     return Rates(
         missing=total, incorrect=0.0, hallucinated=0.0, hallucination=0.0, total=total, repetition=0.0, clips=1
@@ -625,6 +706,7 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"loss": {"kind": "grpo"}, "fresh_pairs": False}, "set fresh_pairs true"),
         ({"loss": {"per": "clause"}, "reference_policy": "mixed"}, "set loss.per caption"),
         ({"loss": {"kind": "nash"}}, "loss.kind nash fits win rates, which reward.kind judge does not give"),
+        ({"extrapolate": True}, "set loss.kind nash and fresh_pairs true, or leave extrapolate out"),
         ({"loss": {"kind": "kto"}, "reference_policy": "mixed"}, "use sigmoid, robust, nash, or reference_policy"),
         (
             {"loss": {"kind": "grpo"}, "selection": {"min_gap": 0.2}, "subset": SubsetConfig(keep=0.5)},
