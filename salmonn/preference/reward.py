@@ -47,9 +47,13 @@ class RewardConfig:
         prototype: of an ideal-point model: number, from 1, of the prototype that rates; none for the mean rater. The
             model must be given, and refresh_clips be 0, since the judge's labels would train one reward for all.
         seed_clips: clips whose captions the judge labels in the first round.
-        refresh_clips: further clips that it labels in each later round; 0 keeps the first model.
+        refresh: later rounds in which the judge labels further clips and the model is trained again: "always" for all,
+            "on_demand" for those whose audit finds an agreement below min_agreement, or one whose 95 % interval
+            reaches below one half.
+        refresh_clips: number of these clips in a round; 0 keeps the first model.
         audit_clips, audit_samples: clips, and captions of each, on which every later round compares model and judge.
-        min_agreement: agreement with the judge below which a warning asks for more labels.
+        min_agreement: agreement with the judge below which the model is trained again with refresh "on_demand". Where
+            refresh_clips is 0, a warning asks for more labels instead.
         min_confidence: smallest probability, by the model, that the chosen caption of a pair is better.
         length_penalty: subtracted from the reward for each character, in standard deviations.
         caution: multiple of the rating's spread that is subtracted from the reward, so that captions on which the heads
@@ -63,6 +67,7 @@ class RewardConfig:
     model: Path | None = None
     prototype: int | None = None
     seed_clips: int = 100
+    refresh: Literal["always", "on_demand"] = "always"
     refresh_clips: int = 40
     audit_clips: int = 24
     audit_samples: int = 4
@@ -82,6 +87,7 @@ class RewardConfig:
         only_with = (
             ("model", "length_penalty", self.length_penalty, 0.0),
             ("model", "caution", self.caution, 0.0),
+            ("model", "refresh", self.refresh, "always"),
             ("voter", "voter", self.voter, "metric"),
         )
         for kind, name, value, default in only_with:
@@ -97,6 +103,15 @@ class RewardConfig:
             raise ValueError(
                 f"reward.prototype {self.prototype} needs --reward.model with an ideal-point model, and "
                 "--reward.refresh-clips 0, since the judge's labels would train one reward for all"
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError if a number is out of range, or one of clips contradicts `refresh`."""
+        if self.refresh == "on_demand" and not self.refresh_clips:
+            raise ValueError(
+                "reward.refresh on_demand has no effect with reward.refresh_clips 0, which keeps the first model; "
+                "leave one of them out"
             )
         if self.seed_clips < 2 or self.refresh_clips < 0 or self.audit_clips < 1 or self.audit_samples < 2:
             raise ValueError(

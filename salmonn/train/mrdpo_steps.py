@@ -101,7 +101,9 @@ def _example_steps(
 ) -> list[Step]:
     """Return the steps of a round before its training: captions, ratings and, except for GRPO, pairs."""
     folder, is_model = f"round_{number}", config.reward.kind == "model"
-    rewarded = choose("references", "judge", "reward", *(("reward_training",) if is_model else ()))
+    rewarded = dict(choose("references", "judge", "reward", *(("reward_training",) if is_model else ())))
+    if config.reward.refresh == "always":  # absent, the default, in earlier runs
+        del rewarded["reward.refresh"]
     selection = choose("selection", "subset")
     if config.reward.voter == "judge" and config.loss.kind != "grpo":
         # Ratings are made from the scores that the reward "judge" writes, so these are kept when the reward changes.

@@ -2,7 +2,8 @@
 
     round 1      the judge labels `seed_clips` -> the reward model is trained on their captions and rates all captions
     later        the judge audits some of the new captions -> agreement with the model; then it labels `refresh_clips`
-                 further clips, and the model is trained again on all labels so far and rates all captions
+                 further clips, and the model is trained again on all labels so far and rates all captions; with
+                 `refresh` "on_demand", only if the agreement is low or uncertain
 
 The policy's captions get better and longer each round, and the model of an earlier round has not seen such captions:
 hence audit and refresh (arXiv 2405.07863, section 3.3). The base of every reward model is the run's start, whose
@@ -21,7 +22,7 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.files import read_json, read_records, write_json
+from salmonn.files import parse_record, read_json, read_records, write_json
 from salmonn.model.layout import ClipFeatures
 from salmonn.preference.agreement import Agreement, describe_agreement, looking_warning, measure_agreement
 from salmonn.preference.claims import attach_credits
@@ -50,8 +51,10 @@ from salmonn.train.sampling import CAPTIONS_NAME
 
 log = logging.getLogger(__name__)
 REWARD_DIR, LABELS_DIR, AUDIT_DIR = "reward", "labels", "audit"
+AUDIT_NAME = "audit.json"  # in audit/: its result, by which a resumed run decides again as before
 LABEL_FILES = (LABELS_DIR, AUDIT_DIR, REWARD_DIR, REWARD_ROUND_NAME)  # of a round, besides its ratings
 MIN_GAP = 0.1  # difference of the judge's Totals from which a comparison counts
+CHANCE = 0.5  # agreement that the interval of an audit must lie above
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,24 @@ class RewardRounds:
         return self.out / f"round_{number}"
 
     def _num_labelled(self, number: int) -> int:
-        """Return how many clips the judge labels in a round; a round with any trains a reward model."""
-        if number > 1:
-            return self.config.refresh_clips
-        return self.config.seed_clips if self.config.model is None else 0
+        """Return how many clips the judge labels in a round; a round with any trains a reward model.
+
+        With refresh "on_demand", a later round must have been audited.
+        """
+        if number == 1:
+            return self.config.seed_clips if self.config.model is None else 0
+        if self.config.refresh == "on_demand" and not self._is_refresh_due(self._read_audit(number)):
+            return 0
+        return self.config.refresh_clips
+
+    def _is_refresh_due(self, audit: "Audit") -> bool:
+        """Return whether the agreement with the judge is too low or too uncertain to keep the reward model."""
+        found = audit.agreement
+        return found is None or found.accuracy < self.config.min_agreement or found.low < CHANCE
+
+    def _read_audit(self, number: int) -> "Audit":
+        """Read the result of a round's audit."""
+        return parse_record(read_json(self.folder(number) / AUDIT_DIR / AUDIT_NAME), Audit)
 
     def _model_folder(self, number: int) -> Path:
         """Return the folder of the reward model that rates a round's captions: the last one that was trained."""
@@ -205,7 +222,16 @@ class RewardRounds:
         return gain
 
     def _audit(self, number: int, captions: Sequence[Caption]) -> "Audit":
-        """Compare the last reward model with the judge on some of the new captions."""
+        """Compare the last reward model with the judge on some of the new captions, or load the result."""
+        path = self.folder(number) / AUDIT_DIR / AUDIT_NAME
+        if is_missing(path):
+            audit = self._compare_on_new(number, captions)
+            if dist.is_main():
+                write_json(path, asdict(audit))
+            dist.barrier()
+        return self._read_audit(number)
+
+    def _compare_on_new(self, number: int, captions: Sequence[Caption]) -> "Audit":
         folder, rng = self.folder(number) / AUDIT_DIR, random.Random(f"{self.seed}-audit-{number}")
         usable = set(usable_videos(self.clips.references, self.judge))
         by_video: dict[str, list[Caption]] = {}
@@ -223,8 +249,7 @@ class RewardRounds:
             for caption in rng.sample(by_video[video], min(self.config.audit_samples, len(by_video[video])))
         ]
         gold = rate_captions(drawn, self.clips, reward=self.labeller, folder=folder)
-        model = self._model_folder(number - 1) if number > 1 else self._model_folder(1)
-        return compare_with_judge(drawn, gold, self._rate_by(model, drawn, folder))
+        return compare_with_judge(drawn, gold, self._rate_by(self._model_folder(number - 1), drawn, folder))
 
     def _report(
         self, number: int, captions: Sequence[Caption], info: RewardInfo, audit: "Audit", *, num_labelled: int
@@ -240,6 +265,8 @@ class RewardRounds:
             blind_accuracy=heldout.blind if heldout else None,
             num_judged=num_labelled + audit.num_captions,
             num_captions=len(captions),
+            trained=num_labelled > 0,
+            reason=self._explain_refresh(number, audit),
         )
         if not dist.is_main():
             return
@@ -252,6 +279,8 @@ class RewardRounds:
             len(captions),
             len(captions) - reported.num_judged,
         )
+        if reported.reason:
+            log.info("%s: %s", name, reported.reason)
         if audited is None:
             return
         log.info("%s: on new captions, the previous reward model %s", name, describe_agreement(audited, of="judged"))
@@ -263,6 +292,20 @@ class RewardRounds:
                 100 * audited.accuracy,
                 self.config.min_agreement,
             )
+
+    def _explain_refresh(self, number: int, audit: "Audit") -> str:
+        """Return why the reward model was trained again in a later round or was kept; "" if it is always trained."""
+        if number == 1 or self.config.refresh == "always":
+            return ""
+        decision = "trained again" if self._num_labelled(number) else "kept"
+        if audit.agreement is None:
+            return f"the reward model was {decision}, since no two audited captions of a clip differ in Total"
+        return (
+            f"the reward model was {decision}, since it agrees with {100 * audit.agreement.accuracy:.0f} % of the "
+            f"judge's comparisons of new captions, and its 95 % interval starts at {100 * audit.agreement.low:.0f} %: "
+            f"it is kept from {100 * self.config.min_agreement:.0f} % (reward.min_agreement) and "
+            f"{100 * CHANCE:.0f} % on"
+        )
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class RewardRound:
         heldout_accuracy, blind_accuracy: accuracy of this round's model on held-out clips, and that of its blind twin.
         num_judged: captions that the judge has rated.
         num_captions: all captions of the round.
+        trained: whether the reward model was trained in this round.
+        reason: why it was or was not, as a sentence; "" if the settings alone decide.
     """
 
     agreement: float | None
@@ -59,6 +61,8 @@ class RewardRound:
     blind_accuracy: float | None
     num_judged: int
     num_captions: int
+    trained: bool = True
+    reason: str = ""
 
 
 @dataclass

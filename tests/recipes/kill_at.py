@@ -18,7 +18,7 @@ import torch
 from salmonn.caption import captioner
 from salmonn.model import lora
 from salmonn.preference import rating, reward, reward_model
-from salmonn.train import checkpoint, evaluate, feature_cache, reference_logps, run_folder, sampling
+from salmonn.train import checkpoint, evaluate, feature_cache, reference_logps, reward_rounds, run_folder, sampling
 
 
 def kill() -> None:
@@ -84,6 +84,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "reward": lambda: before(reward_model, "write_json", when=has_name("reward.json")),
     "rating": lambda: before(rating, "write_records", when=has_name("ratings.jsonl")),
     "audit": lambda: before(reward, "write_scores", when=lambda path, *_: Path(path).parent.name == "audit"),
+    "audited": lambda: before(reward_rounds, "write_json", when=has_name("audit.json")),
     "measuring": lambda: before(evaluate, "write_json", when=has_name("rates.json")),
 }
 

@@ -549,6 +549,20 @@ def test_steps_of_a_round_with_extrapolation(load_recipe):
     assert [name for name in steps if steps[name].settings != changed[name].settings] == ["round_1/model"]
 
 
+def test_ratings_depend_on_when_the_reward_model_is_trained_again():
+    """The default is left out, so that earlier runs can be resumed."""
+    clips = ClipSet([Reference("a.mp4", caption="a star")], Path("clips"))
+    always, on_demand = (
+        plan_steps(
+            MrDpoConfig(reward=RewardConfig("model", refresh=refresh)), clips, clips, rating_file="ratings.jsonl"
+        )
+        for refresh in ("always", "on_demand")
+    )
+    for one, other in zip(always, on_demand, strict=True):
+        added = {"reward.refresh": "on_demand"} if one.name.endswith("/ratings") else {}
+        assert dict(other.settings) == {**one.settings, **added}
+
+
 def rates(total: float) -> Rates:
     return Rates(
         missing=total, incorrect=0.0, hallucinated=0.0, hallucination=0.0, total=total, repetition=0.0, clips=1

@@ -221,6 +221,21 @@ def test_mrdpo_with_a_reward_model(launch, trained_model, sizes, tmp_path, comma
     assert info.base == str(trained_model / "model") and info.num_clips + info.agreement.num_clips in (4, 5)
 
 
+@pytest.mark.slow
+def test_mrdpo_trains_a_reward_model_on_demand(launch, trained_model, sizes, tmp_path, command_of):
+    """A run is killed after its audit, and ends in two processes; the interval of two clips reaches below 50 %."""
+    flags = sizes | MRDPO | {"model": trained_model / "model", "clips_dir": trained_model / "clips", "out": tmp_path}
+    flags |= {"feature_cache.folder": tmp_path / "features", "reward.refresh": "on_demand"}
+    kill_at("audited", command_of("mrdpo", **flags))
+    assert not (tmp_path / "round_2/labels").exists()
+    result = launch("mrdpo", processes=2, **flags)
+    assert result.returncode == 0, result.stderr
+    first, second = read_json(tmp_path / "summary.json")["reward"]
+    assert [first["reason"], first["num_judged"], second["num_judged"], second["trained"]] == ["", 12, 12, True]
+    assert second["reason"] in " ".join(result.stdout.split()) and "was trained again, since" in second["reason"]
+    assert len({score.video for score in read_scores(tmp_path / "round_2/labels/scores.jsonl").scores}) == 2
+
+
 def test_mrdpo_needs_labels(launch, trained_model, sizes, tmp_path):
     shared = sizes | MRDPO | {"model": trained_model / "model", "clips_dir": trained_model / "clips"}
     result = launch("mrdpo", **shared | {"out": tmp_path, "reward.seed_clips": 9, "feature_cache.folder": "null"})

@@ -1,6 +1,7 @@
 """A reward model in the rounds: which clips are labelled, the audit by hand, and the guard against exploiting it."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.files import write_records
+from salmonn.files import parse_record, read_json, write_records
 from salmonn.model.fingerprint import hash_model
 from salmonn.preference.heads import ScalarHead
 from salmonn.preference.rating import Rating
@@ -59,6 +60,88 @@ def test_an_audit_by_hand():
     assert (audit.num_captions, found.num_comparisons, found.accuracy, found.longest) == (3, 2, 0.5, 0.5)
     assert 0 < found.low < 0.5 < found.high < 1
     assert compare_with_judge(captions, gold[:1], rated).agreement is None
+
+
+@dataclass(frozen=True)
+class KnownRounds(RewardRounds):
+    """Rounds whose models are not trained, and rate the right caption of a share of clips higher in an audit."""
+
+    shares: Mapping[str, float] = field(default_factory=dict)  # name of a round -> share
+    trainings: list[int] = field(default_factory=list)
+
+    def _train(self, number):
+        self.trainings.append(number)
+        info = RewardInfo("bradley-terry", "last", "base", "hash")
+        save_reward_model(self.folder(number) / "reward", ScalarHead(2), info)
+
+    def _rate_by(self, model, captions, folder):
+        videos = sorted({caption.video for caption in captions})
+        num_right = round(self.shares.get(folder.parent.name, 1.0) * len(videos))
+        values = {video: 1 if place < num_right else -1 for place, video in enumerate(videos)}
+        return [rating(one.video, one.sample, values[one.video] * (1 - one.sample)) for one in captions]
+
+
+def known_rounds(out: Path, shares: Mapping[str, float] | None = None, *, num_clips=12, **options) -> KnownRounds:
+    """Rounds of 12 clips with two captions each, the first of which is right."""
+    references = [Reference(f"{number:02}.mp4", (EVENT,)) for number in range(num_clips)]
+    options = {"seed_clips": 2, "refresh_clips": 3, "audit_clips": 6, "audit_samples": 2} | options
+    return KnownRounds(
+        **{one.name: getattr(make_rounds(references, **options), one.name) for one in fields(RewardRounds)}
+        | {"out": out},
+        shares=shares or {},
+    )
+
+
+def rate_round(rounds: KnownRounds, number: int) -> RewardRound:
+    captions = [
+        Caption(one.video, text, "p", sample=sample)
+        for one in rounds.clips.references
+        for sample, text in enumerate(("A red circle appears.", "A blue star disappears."))
+    ]
+    write_records(rounds.folder(number) / "captions.jsonl", captions)
+    rounds.rate(number, captions)
+    return parse_record(read_json(rounds.folder(number) / "reward_round.json"), RewardRound)
+
+
+@pytest.mark.parametrize(
+    ("share", "min_agreement", "trained", "reason"),
+    [
+        (1.0, 0.65, False, "was kept, since it agrees with 100 % of the judge's comparisons of new captions"),
+        (1.0, 1.0, False, "starts at 61 %: it is kept from 100 % (reward.min_agreement) and 50 % on"),
+        (0.5, 0.65, True, "was trained again, since it agrees with 50 %"),
+        (5 / 6, 0.65, True, "agrees with 83 % of the judge's comparisons of new captions, and its 95 % interval"),
+    ],
+)
+def test_a_model_is_trained_again_on_demand(tmp_path, share, min_agreement, trained, reason):
+    """Wilson's interval of 6 of 6 clips starts at 0.61, that of 5 of 6 at 0.44, whatever min_agreement is."""
+    rounds = known_rounds(tmp_path, {"round_2": share}, refresh="on_demand", min_agreement=min_agreement)
+    first, second = (rate_round(rounds, number) for number in (1, 2))
+    assert (first.trained, first.reason, first.num_judged) == (True, "", 4)
+    assert second.trained is trained and reason in second.reason
+    assert second.num_judged == 12 + (6 if trained else 0)  # the audit's 6 times 2, and 3 clips with two captions each
+    assert rounds.trainings == ([1, 2] if trained else [1])
+
+
+def test_no_label_is_skipped_by_a_round_that_keeps_its_model(tmp_path):
+    """A resumed run decides from the audit that it has written, without judging again."""
+    shares = {"round_2": 1.0, "round_3": 0.0, "round_4": 1.0}
+    rounds = known_rounds(tmp_path, shares, refresh="on_demand")
+    assert [rate_round(rounds, number).trained for number in (1, 2, 3, 4)] == [True, False, True, False]
+    labelled = [rounds.labelled_videos(number) for number in (1, 2, 3, 4)]
+    always = known_rounds(tmp_path / "always", shares)
+    assert labelled == [always.labelled_videos(1), [], always.labelled_videos(2), []]
+    (tmp_path / "round_4/reward_round.json").unlink()
+    for path in tmp_path.glob("round_*/audit/*"):
+        if path.name != "audit.json":
+            path.unlink()
+    resumed = replace(rounds, shares={}, trainings=[])
+    assert [rate_round(resumed, number).trained for number in (1, 2, 3, 4)] == [True, False, True, False]
+    assert resumed.trainings == [] and not list(tmp_path.glob("round_*/audit/scores.jsonl"))
+
+
+def test_a_model_is_always_trained_again_by_default(tmp_path):
+    rounds = known_rounds(tmp_path)
+    assert [rate_round(rounds, number).reason for number in (1, 2)] == ["", ""] and rounds.trainings == [1, 2]
 
 
 def test_the_blind_twin_gets_other_videos():
@@ -134,6 +217,8 @@ def test_rounds_that_exploit_the_reward_model(stages, gains, reason):
         ({"kind": "model", "seed_clips": 1}, "seed_clips and audit_samples must be at least 2"),
         ({"kind": "model", "min_confidence": 1.0}, "min_confidence must be from 0.5 to below 1"),
         ({"kind": "model", "caution": -1.0}, "length_penalty and caution must be at least 0"),
+        ({"refresh": "on_demand"}, "reward.refresh on_demand has no effect with reward.kind judge"),
+        ({"kind": "model", "refresh": "on_demand", "refresh_clips": 0}, "no effect with reward.refresh_clips 0"),
         ({"caution": 1.0}, "reward.caution 1.0 has no effect with reward.kind judge"),
         ({"kind": "model", "voter": "cycle"}, "reward.voter cycle has no effect with reward.kind model"),
         ({"kind": "model", "prototype": 2, "refresh_clips": 0}, "reward.prototype 2 needs --reward.model"),
