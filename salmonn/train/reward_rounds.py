@@ -14,7 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -96,8 +96,8 @@ class RewardRounds:
         """
         folder = self.folder(number)
         audit = self._audit(number, captions) if number > 1 or self.config.model else None
-        labelled = self._label(number, captions) if self._num_labelled(number) else []
-        if self._num_labelled(number) and is_missing(folder / REWARD_DIR / INFO_NAME):
+        labelled = self._label(number, captions)
+        if labelled and is_missing(folder / REWARD_DIR / INFO_NAME):
             self._train(number)
         model = self._model_folder(number)
         ratings = self._rate_by(model, captions, folder)
@@ -111,7 +111,7 @@ class RewardRounds:
         return self.out / f"round_{number}"
 
     def _num_labelled(self, number: int) -> int:
-        """Return how many clips the judge labels in a round; a round with any trains a reward model.
+        """Return how many clips the judge is to label in a round.
 
         With refresh "on_demand", a later round must have been audited.
         """
@@ -132,14 +132,17 @@ class RewardRounds:
 
     def _model_folder(self, number: int) -> Path:
         """Return the folder of the reward model that rates a round's captions: the last one that was trained."""
-        trained = [one for one in range(1, number + 1) if self._num_labelled(one)]
+        trained = [one for one in range(1, number + 1) if self.labelled_videos(one)]
         if trained:
             return self.folder(trained[-1]) / REWARD_DIR
         assert self.config.model is not None, "the first round trains a model unless one is given"
         return self.config.model
 
     def labelled_videos(self, number: int) -> list[str]:
-        """Return the videos whose captions the judge labels in a round; no video is labelled in two rounds."""
+        """Return the videos whose captions the judge labels in a round; a round with any trains a reward model.
+
+        No video is labelled in two rounds, so that they may run out.
+        """
         usable = usable_videos(self.clips.references, self.judge)
         random.Random(f"{self.seed}-labels").shuffle(usable)
         counts = [self._num_labelled(one) for one in range(1, number + 1)]
@@ -149,7 +152,7 @@ class RewardRounds:
         """Let the judge rate all captions of the clips that are labelled in a round."""
         videos = set(self.labelled_videos(number))
         labelled = [caption for caption in captions if caption.video in videos]
-        if not labelled:  # all clips were labelled in earlier rounds
+        if not labelled:
             return []
         return rate_captions(labelled, self.clips, reward=self.labeller, folder=self.folder(number) / LABELS_DIR)
 
@@ -249,7 +252,8 @@ class RewardRounds:
             for caption in rng.sample(by_video[video], min(self.config.audit_samples, len(by_video[video])))
         ]
         gold = rate_captions(drawn, self.clips, reward=self.labeller, folder=folder)
-        return compare_with_judge(drawn, gold, self._rate_by(self._model_folder(number - 1), drawn, folder))
+        audit = compare_with_judge(drawn, gold, self._rate_by(self._model_folder(number - 1), drawn, folder))
+        return replace(audit, num_clips=len(videos), num_learned=len(learned & set(videos)))
 
     def _report(
         self, number: int, captions: Sequence[Caption], info: RewardInfo, audit: "Audit", *, num_labelled: int
@@ -267,6 +271,8 @@ class RewardRounds:
             num_captions=len(captions),
             trained=num_labelled > 0,
             reason=self._explain_refresh(number, audit),
+            audited_clips=audit.num_clips,
+            learned_clips=audit.num_learned,
         )
         if not dist.is_main():
             return
@@ -281,6 +287,14 @@ class RewardRounds:
         )
         if reported.reason:
             log.info("%s: %s", name, reported.reason)
+        if audit.num_learned:
+            log.warning(
+                "%s: the reward model has learned from %d of the %d audited clips, as too few others have events that "
+                "the judge can use: its agreement with the judge may be lower on other clips",
+                name,
+                audit.num_learned,
+                audit.num_clips,
+            )
         if audited is None:
             return
         log.info("%s: on new captions, the previous reward model %s", name, describe_agreement(audited, of="judged"))
@@ -295,6 +309,11 @@ class RewardRounds:
 
     def _explain_refresh(self, number: int, audit: "Audit") -> str:
         """Return why the reward model was trained again in a later round or was kept; "" if it is always trained."""
+        if self._num_labelled(number) and not self.labelled_videos(number):
+            return (
+                "the reward model was kept, since the judge has labelled all clips whose events it can use; add events "
+                "to more references to train it on new captions"
+            )
         if number == 1 or self.config.refresh == "always":
             return ""
         decision = "trained again" if self._num_labelled(number) else "kept"
@@ -315,10 +334,14 @@ class Audit:
     Args:
         num_captions: captions that the judge rated.
         agreement: on the pairs of captions of a clip that differ in the judge's Total; None without such pairs.
+        num_clips: clips of these captions.
+        num_learned: clips of these that the model has learned from, by other captions.
     """
 
     num_captions: int = 0
     agreement: Agreement | None = None
+    num_clips: int = 0
+    num_learned: int = 0
 
 
 def compare_with_judge(captions: Sequence[Caption], gold: Sequence[Rating], rated: Sequence[Rating]) -> Audit:

@@ -51,6 +51,8 @@ class RewardRound:
         num_captions: all captions of the round.
         trained: whether the reward model was trained in this round.
         reason: why it was or was not, as a sentence; "" if the settings alone decide.
+        audited_clips: number of clips whose new captions were audited.
+        learned_clips: number of these that the audited model has learned from; if any, agreement may be too high.
     """
 
     agreement: float | None
@@ -63,6 +65,8 @@ class RewardRound:
     num_captions: int
     trained: bool = True
     reason: str = ""
+    audited_clips: int = 0
+    learned_clips: int = 0
 
 
 @dataclass
@@ -146,10 +150,14 @@ def print_summary(summary: RunSummary) -> None:
         judged, captions = (
             sum(getattr(one, name) for one in summary.reward) for name in ("num_judged", "num_captions")
         )
-        agreements = ", ".join("-" if one.agreement is None else f"{100 * one.agreement:.0f}" for one in summary.reward)
+        agreements = ", ".join(
+            "-" if one.agreement is None else f"{100 * one.agreement:.0f}{'*' if one.learned_clips else ''}"
+            for one in summary.reward
+        )
+        note = " (*: also on clips that the model has learned from)" if "*" in agreements else ""
         console.print(
             f"reward model: the judge rated {judged} of {captions} captions ({captions - judged} calls saved); "
-            f"agreement on new captions by round, %: {agreements}",
+            f"agreement on new captions by round, %: {agreements}{note}",
             highlight=False,
             soft_wrap=True,
         )

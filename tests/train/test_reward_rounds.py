@@ -144,6 +144,24 @@ def test_a_model_is_always_trained_again_by_default(tmp_path):
     assert [rate_round(rounds, number).reason for number in (1, 2)] == ["", ""] and rounds.trainings == [1, 2]
 
 
+@pytest.mark.parametrize("refresh", ["always", "on_demand"])
+def test_labels_run_out(tmp_path, caplog, refresh):
+    """Of 5 clips, 2 are labelled in round 1 and 3 in round 2; the audit of round 2 needs one that was learned from."""
+    caplog.set_level("INFO")
+    rounds = known_rounds(tmp_path, {"round_2": 0.0, "round_3": 0.0}, num_clips=5, audit_clips=4, refresh=refresh)
+    found = [rate_round(rounds, number) for number in (1, 2, 3)]
+    assert [(one.audited_clips, one.learned_clips) for one in found] == [(0, 0), (4, 1), (4, 4)]
+    assert [one.trained for one in found] == [True, True, False] and rounds.trainings == [1, 2]
+    assert [one.num_judged for one in found] == [4, 6 + 8, 8]
+    assert found[2].reason.startswith("the reward model was kept, since the judge has labelled all clips whose events")
+    assert f"round_3: {found[2].reason}" in caplog.messages
+    warned = [message.partition(" clips")[0] for message in caplog.messages if "audited clips" in message]
+    assert warned == [
+        f"round_{number}: the reward model has learned from {learned} of the 4 audited"
+        for number, learned in ((2, 1), (3, 4))
+    ]
+
+
 def test_the_blind_twin_gets_other_videos():
     """Not another modality or part of the same video."""
     parts = [

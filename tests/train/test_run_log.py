@@ -20,6 +20,7 @@ from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
 from salmonn.train.run_log import (
     ROUNDING_NAME,
+    RewardRound,
     RunRecord,
     RunSummary,
     StepLog,
@@ -229,6 +230,13 @@ def test_both_rewards_over_the_root_of_the_divergence(tmp_path, monkeypatch, cap
     assert [line["proxy"] for line in written] == [0, 1.0, 1.5]
     print_summary(summary)
     assert "reward +1.00, +1.50 standard deviations by the reward model, Total -12.5, -37.5" in capsys.readouterr().out
+
+
+def test_an_audit_of_known_clips_is_marked(capsys):
+    audited = [RewardRound(0.75, 0.6, 0.9, 10, 0.7, 0.6, 10, 40, learned_clips=number) for number in (0, 2)]
+    print_summary(RunSummary(SFT, ROUNDS, reward=audited))
+    out = capsys.readouterr().out
+    assert "rated 20 of 80 captions (60 calls saved); agreement on new captions by round, %: 75, 75* (*: also on" in out
 
 
 def test_the_plot_has_the_colours_of_both_rewards(run_folder, tmp_path):
