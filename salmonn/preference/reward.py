@@ -52,6 +52,7 @@ class RewardConfig:
             reaches below one half.
         refresh_clips: number of these clips in a round; 0 keeps the first model.
         audit_clips, audit_samples: clips, and captions of each, on which every later round compares model and judge.
+            Half of the clips are those on which an ensemble (reward_training.ensemble) disagrees most, if there is one.
         min_agreement: agreement with the judge below which the model is trained again with refresh "on_demand". Where
             refresh_clips is 0, a warning asks for more labels instead.
         min_confidence: smallest probability, by the model, that the chosen caption of a pair is better.

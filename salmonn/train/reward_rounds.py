@@ -12,9 +12,11 @@ features all rounds share. Held-out clips stay with the judge.
 
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -95,15 +97,17 @@ class RewardRounds:
             Ratings by the reward model, and its description.
         """
         folder = self.folder(number)
-        audit = self._audit(number, captions) if number > 1 or self.config.model else None
+        is_reported = not is_missing(folder / REWARD_ROUND_NAME)
+        is_audited = number > 1 or self.config.model is not None
+        audit = self._audit(number, captions) if is_audited and not is_reported else Audit()
         labelled = self._label(number, captions)
         if labelled and is_missing(folder / REWARD_DIR / INFO_NAME):
             self._train(number)
         model = self._model_folder(number)
         ratings = self._rate_by(model, captions, folder)
         info = read_info(model)
-        if is_missing(folder / REWARD_ROUND_NAME):
-            self._report(number, captions, info, audit or Audit(), num_labelled=len(labelled))
+        if not is_reported:
+            self._report(number, captions, info, audit, num_labelled=len(labelled))
         return ratings, info
 
     def folder(self, number: int) -> Path:
@@ -241,18 +245,23 @@ class RewardRounds:
         for caption in captions:
             if caption.video in usable:
                 by_video.setdefault(caption.video, []).append(caption)
+        model, spreads = self._model_folder(number - 1), dict[str, float]()
+        if read_info(model).ensemble:
+            rated = self._rate_by(model, [one for group in by_video.values() for one in group], folder)
+            for video, ratings in groupby(rated, key=attrgetter("video")):
+                spreads[video] = fmean(one.parts["spread"] for one in ratings)
         # Clips that the model has not learned from, as far as there are such.
         learned = {video for one in range(1, number) for video in self.labelled_videos(one)}
         count, unseen = min(self.config.audit_clips, len(by_video)), sorted(set(by_video) - learned)
-        videos = rng.sample(unseen, min(count, len(unseen)))
-        videos += rng.sample(sorted(set(by_video) & learned), count - len(videos))
+        videos = draw_videos(unseen, min(count, len(unseen)), spreads=spreads, rng=rng)
+        videos += draw_videos(sorted(set(by_video) & learned), count - len(videos), spreads=spreads, rng=rng)
         drawn = [
             caption
             for video in videos
             for caption in rng.sample(by_video[video], min(self.config.audit_samples, len(by_video[video])))
         ]
         gold = rate_captions(drawn, self.clips, reward=self.labeller, folder=folder)
-        audit = compare_with_judge(drawn, gold, self._rate_by(self._model_folder(number - 1), drawn, folder))
+        audit = compare_with_judge(drawn, gold, self._rate_by(model, drawn, folder))
         return replace(audit, num_clips=len(videos), num_learned=len(learned & set(videos)))
 
     def _report(
@@ -349,17 +358,33 @@ def compare_with_judge(captions: Sequence[Caption], gold: Sequence[Rating], rate
 
     Args:
         captions: audited captions.
-        gold, rated: ratings of these captions by the judge and by the model.
+        gold, rated: ratings of these captions by the judge and by the model, which may have rated others, too.
     """
     groups = group_comparisons(compare_ratings(captions, gold, min_gap=MIN_GAP, source=""))
     text_of = {(caption.video, caption.sample): caption.text for caption in captions}
-    value_of = {(one.video, text_of[one.video, one.sample]): one.main for one in rated}
+    value_of = {
+        (one.video, text_of[one.video, one.sample]): one.main for one in rated if (one.video, one.sample) in text_of
+    }
     margins = [
         value_of[group.example.video, group.answers[better][0]] - value_of[group.example.video, group.answers[worse][0]]
         for group in groups
         for better, worse in group.pairs
     ]
     return Audit(len(captions), measure_agreement(groups, torch.tensor(margins), None) if margins else None)
+
+
+def draw_videos(videos: Sequence[str], count: int, *, spreads: Mapping[str, float], rng: random.Random) -> list[str]:
+    """Draw videos for an audit: half are those on which an ensemble disagrees most, the others are drawn at random.
+
+    Args:
+        videos: candidates, sorted.
+        count: number of videos to draw.
+        spreads: mean spread of the ratings of a video's captions; empty without an ensemble, to draw all at random.
+        rng: random numbers.
+    """
+    disputed = sorted(videos, key=lambda video: -spreads[video])[: count // 2] if spreads else []
+    others = [video for video in videos if video not in disputed]
+    return disputed + rng.sample(others, count - len(disputed))
 
 
 def usable_videos(references: Sequence[Reference], judge: JudgeReward) -> list[str]:

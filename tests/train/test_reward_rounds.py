@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from random import Random
 from statistics import fmean
 
 import pytest
@@ -16,12 +17,13 @@ from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import RewardInfo, RewardModel, head_width, save_reward_model
 from salmonn.records import Caption, Event, Reference
+from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet, ClipSource
 from salmonn.train.encoding import cache_features
 from salmonn.train.reward import RewardTrainingConfig, rotate_features
-from salmonn.train.reward_rounds import RewardRounds, compare_with_judge, require_labels
+from salmonn.train.reward_rounds import RewardRounds, compare_with_judge, draw_videos, require_labels
 from salmonn.train.rounds import over_optimization
 from salmonn.train.run_log import RewardRound, RunSummary
 
@@ -67,18 +69,25 @@ class KnownRounds(RewardRounds):
     """Rounds whose models are not trained, and rate the right caption of a share of clips higher in an audit."""
 
     shares: Mapping[str, float] = field(default_factory=dict)  # name of a round -> share
+    spreads: Mapping[str, float] = field(default_factory=dict)  # name of a video -> of its captions' ratings
     trainings: list[int] = field(default_factory=list)
 
     def _train(self, number):
         self.trainings.append(number)
-        info = RewardInfo("bradley-terry", "last", "base", "hash")
+        info = RewardInfo("bradley-terry", "last", "base", "hash", ensemble=2 if self.spreads else 0)
         save_reward_model(self.folder(number) / "reward", ScalarHead(2), info)
 
     def _rate_by(self, model, captions, folder):
         videos = sorted({caption.video for caption in captions})
         num_right = round(self.shares.get(folder.parent.name, 1.0) * len(videos))
         values = {video: 1 if place < num_right else -1 for place, video in enumerate(videos)}
-        return [rating(one.video, one.sample, values[one.video] * (1 - one.sample)) for one in captions]
+        rated = [rating(one.video, one.sample, values[one.video] * (1 - one.sample)) for one in captions]
+        return [
+            replace(one, parts={**one.parts, "spread": self.spreads[one.video]}, weights={**one.weights, "spread": 0})
+            if self.spreads
+            else one
+            for one in rated
+        ]
 
 
 def known_rounds(out: Path, shares: Mapping[str, float] | None = None, *, num_clips=12, **options) -> KnownRounds:
@@ -160,6 +169,30 @@ def test_labels_run_out(tmp_path, caplog, refresh):
         f"round_{number}: the reward model has learned from {learned} of the 4 audited"
         for number, learned in ((2, 1), (3, 4))
     ]
+
+
+def test_half_of_an_audit_is_where_the_ensemble_disagrees_most():
+    videos, spreads = ["a", "b", "c", "d", "e"], {"a": 0.1, "b": 0.9, "c": 0.2, "d": 0.8, "e": 0.3}
+    drawn = [draw_videos(videos, 4, spreads=spreads, rng=Random(seed)) for seed in range(20)]
+    assert all(set(one[:2]) == {"b", "d"} and len(set(one)) == 4 for one in drawn)
+    assert {video for one in drawn for video in one[2:]} == {"a", "c", "e"}
+    at_random = draw_videos(videos, 3, spreads={}, rng=Random(7))
+    assert at_random == Random(7).sample(videos, 3)  # as before there were ensembles
+    assert draw_videos([], 0, spreads=spreads, rng=Random(7)) == []
+
+
+def test_an_ensemble_chooses_what_is_audited(tmp_path):
+    """Of the clips that are not labelled; the mean spread of a clip's two captions counts."""
+    plain = known_rounds(tmp_path / "plain")
+    learned = plain.labelled_videos(1)
+    others = sorted({one.video for one in plain.clips.references} - set(learned))
+    spreads = dict.fromkeys(learned, 9.0) | {video: float(place) for place, video in enumerate(others)}
+    rounds = replace(plain, out=tmp_path / "ensemble", spreads=spreads)
+    found = [rate_round(rounds, number) for number in (1, 2)][1]
+    scores = read_scores(tmp_path / "ensemble/round_2/audit/scores.jsonl").scores
+    audited = {score.video for score in scores}
+    assert len(audited) == 6 and set(others[-3:]) <= audited and not audited & set(learned)
+    assert (found.audited_pairs, found.num_judged, len(scores)) == (6, 12 + 6, 12)
 
 
 def test_the_blind_twin_gets_other_videos():
