@@ -31,7 +31,7 @@ from salmonn.preference.comparisons import (
     read_preferences,
 )
 from salmonn.preference.ideal_point import IdealPointConfig
-from salmonn.preference.objectives import attach_objectives
+from salmonn.preference.objectives import attach_objectives, find_max_words
 from salmonn.preference.reward_model import HEAD_NAME, INFO_NAME, read_info
 from salmonn.records import Caption, Reference, Score
 from salmonn.score.formats import read_scores
@@ -119,9 +119,9 @@ def main(config: RewardRecipeConfig) -> None:
         check=partial(check_texts, processor=processor),
     )
     log.info("%s", preferences.describe())
-    groups = group_comparisons(preferences.comparisons)
+    groups, max_words = group_comparisons(preferences.comparisons), None
     if config.references:
-        groups = with_objectives(groups, config)
+        groups, max_words = with_objectives(groups, config)
     elif config.kind == "claims":
         captions, scores = read_judged(config)
         groups = attach_credits(groups, captions, scores)
@@ -130,7 +130,7 @@ def main(config: RewardRecipeConfig) -> None:
     if not is_missing(config.out / INFO_NAME):
         log.info("%s is already trained", config.out)
     else:
-        train(preferences, groups, config, left_out=left_out)
+        train(preferences, groups, config, left_out=left_out, max_words=max_words)
     info = read_info(config.out)
     agreement = info.agreement
     assert agreement is not None, "training measures it"
@@ -155,7 +155,12 @@ def training_step(preferences: Preferences, groups: Sequence[AnswerGroup], confi
 
 
 def train(
-    preferences: Preferences, groups: Sequence[AnswerGroup], config: RewardRecipeConfig, *, left_out: LeftOut
+    preferences: Preferences,
+    groups: Sequence[AnswerGroup],
+    config: RewardRecipeConfig,
+    *,
+    left_out: LeftOut,
+    max_words: float | None,
 ) -> None:
     """Encode the clips and train."""
     captioner = config.load_model(config.model)
@@ -178,15 +183,18 @@ def train(
             config=config.raters,
         )
     else:
-        make_trainer(config).train(readable, features, root=preferences.root)
+        replace(make_trainer(config), max_words=max_words).train(readable, features, root=preferences.root)
 
 
-def with_objectives(groups: list[AnswerGroup], config: RewardRecipeConfig) -> list[AnswerGroup]:
-    """Return the groups with the objectives of their captions, from the judge's scores and the references."""
+def with_objectives(groups: list[AnswerGroup], config: RewardRecipeConfig) -> tuple[list[AnswerGroup], float]:
+    """Return the groups with the objectives of their captions, and the number of words from which `length` is 1.
+
+    They are computed from the judge's scores and the references.
+    """
     assert config.references is not None
     captions, scores = read_judged(config)
     references = {one.video: one for one in read_records(config.references, Reference)}
-    return attach_objectives(groups, captions, scores, references)
+    return attach_objectives(groups, captions, scores, references), find_max_words(scores)
 
 
 def read_judged(config: RewardRecipeConfig) -> tuple[list[Caption], Sequence[Score]]:

@@ -5,7 +5,8 @@
     faithful      1 - hallucinations / claims
     ordered       share of pairs of mentions, within picture or sound, that follow each other in the order of time
     unrepeated    1 - share of words in repeated clauses
-    length        words, up to 60 of them: not a goal; the others are corrected for it
+    length        words / 60, at most 1: not a goal; the others are corrected for it. Where the 95th percentile of the
+                  captions' words is more than 60, that many
 
     dialogue      dialogue accuracy (docs/metrics.md): only in floors and the judge's reward, not in reward models
 
@@ -17,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
+import numpy as np
+
 from salmonn.preference.comparisons import AnswerGroup, attach_values
 from salmonn.records import Caption, Reference, Score
 from salmonn.score.judge import restrict_to_caption
@@ -24,15 +27,24 @@ from salmonn.score.judge import restrict_to_caption
 Debias = Literal["gold", "published", "none"]
 OBJECTIVES = ("seen", "heard", "correct", "faithful", "ordered", "unrepeated", "length")
 DIALOGUE = "dialogue"
-MAX_WORDS = 60
+MAX_WORDS = 60.0
+LONG_PERCENTILE = 95
 
 
-def objectives_of(score: Score, reference: Reference) -> tuple[float | None, ...]:
+def find_max_words(scores: Sequence[Score]) -> float:
+    """Return the number of words from which `length` is 1 for captions like these: 60, or more if many are longer."""
+    if not scores:
+        return MAX_WORDS
+    return max(MAX_WORDS, float(np.percentile([score.num_words for score in scores], LONG_PERCENTILE)))
+
+
+def objectives_of(score: Score, reference: Reference, *, max_words: float = MAX_WORDS) -> tuple[float | None, ...]:
     """Return the values of `OBJECTIVES` for a judged caption.
 
     Args:
         score: the judge's score.
         reference: reference with the events that it was judged against.
+        max_words: number of words from which `length` is 1.
     """
     right = [mention.event for mention in score.mentions if mention.is_correct]
     num_told, num_claims = len(score.mentions), len(score.mentions) + score.hallucinated
@@ -43,7 +55,7 @@ def objectives_of(score: Score, reference: Reference) -> tuple[float | None, ...
         1 - score.hallucinated / max(num_claims, 1),
         _order(score),
         1 - score.repetition,
-        min(score.num_words / MAX_WORDS, 1.0),
+        min(score.num_words / max_words, 1.0),
     )
 
 
@@ -65,6 +77,8 @@ def judged_objectives(
 ) -> list[tuple[Caption, tuple[float | None, ...]]]:
     """Return judged captions with the values of `OBJECTIVES`, in the order of the scores.
 
+    `length` is 1 from `find_max_words(scores)` words on.
+
     Args:
         captions, scores: judged captions, matched by video, sample and part of the video.
         references: references by video.
@@ -78,11 +92,11 @@ def judged_objectives(
             f"{len(missing)} judged videos have no reference, first {missing[0]}; pass the references "
             "that their captions were judged against"
         )
-    judged = []
+    judged, max_words = [], find_max_words(scores)
     for score in scores:
         if caption := caption_of.get((score.video, score.sample, score.start_seconds, score.end_seconds)):
             reference = restrict_to_caption(references[score.video], caption)
-            judged.append((caption, objectives_of(score, reference)))
+            judged.append((caption, objectives_of(score, reference, max_words=max_words)))
     return judged
 
 

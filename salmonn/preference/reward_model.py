@@ -63,6 +63,7 @@ class RewardInfo:
         agreement: measured on held-out clips.
         gate_widths: widths of the network that weighs the objectives; empty for other kinds.
         objectives: their names, in the order of the weights.
+        max_words: number of words from which the objective `length` is 1; None without objectives.
         requests: prompts that a gate has learned weights for; empty if there is only one, which needs no gate.
         ensemble: number of heads whose disagreement is the spread of a rating; 0 for none.
         prototypes: what is known of the raters of an "ideal-point" model.
@@ -85,6 +86,7 @@ class RewardInfo:
     agreement: Agreement | None = None
     gate_widths: tuple[int, ...] = ()
     objectives: tuple[str, ...] = ()
+    max_words: float | None = None
     requests: tuple[str, ...] = ()
     ensemble: int = 0
     prototypes: PrototypeInfo | None = None

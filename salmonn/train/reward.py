@@ -221,6 +221,7 @@ class RewardTrainer:
         folder: folder of states, steps, checkpoints and adapter.
         seed: random seed.
         strategy: distribution over processes.
+        max_words: number of words from which the objective `length` is 1, of groups with objectives.
     """
 
     load: Callable[[], Captioner]
@@ -228,6 +229,7 @@ class RewardTrainer:
     folder: Path
     seed: int = 0
     strategy: StrategyName = "ddp"
+    max_words: float | None = None
 
     def train(
         self, groups: Sequence[AnswerGroup], features: Mapping[ClipSource, ClipFeatures], *, root: Path
@@ -342,6 +344,7 @@ class RewardTrainer:
             info,
             gate_widths=widths,
             objectives=OBJECTIVES if widths else (),
+            max_words=self.max_words if widths else None,
             requests=tuple(requests) if len(requests) > 1 else (),
         )
         return info, FittedReward(head, rewards[:count], rewards[count:])

@@ -10,7 +10,7 @@ import pytest
 
 from salmonn.files import read_json, read_records, write_records
 from salmonn.preference.comparisons import Preferences, group_comparisons
-from salmonn.preference.objectives import OBJECTIVES
+from salmonn.preference.objectives import OBJECTIVES, find_max_words
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward_model import RewardModel, read_info
 from salmonn.records import Caption, Comparison, Reference
@@ -149,7 +149,7 @@ def test_named_objectives(launch, trained_model, tmp_path, call):
     captions = [
         Caption(one.video, text, "Tell.", sample=sample)
         for one, other in zip(references, [*references[1:], references[0]], strict=True)
-        for sample, text in enumerate((one.caption, other.caption, one.human_caption))
+        for sample, text in enumerate((one.caption, other.caption, " ".join([one.human_caption] * 5)))
     ]
     by_video = {one.video: one for one in references}
     judge = RuleJudge()
@@ -163,6 +163,7 @@ def test_named_objectives(launch, trained_model, tmp_path, call):
     assert result.returncode == 0, result.stderr
     info = read_info(tmp_path / "reward", kind="objectives")
     assert info.objectives == OBJECTIVES and info.gate_widths == (128, 7)
+    assert info.max_words == find_max_words(scores) > 60
     args = ["reward", tmp_path / "captions.jsonl", "--model", tmp_path / "reward", "--root", file.parent]
     code, out, err = call(*args, "--objectives")
     assert code == 0 and len(out.splitlines()) == 24

@@ -10,7 +10,13 @@ import torch
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import GatingNetwork, ObjectiveHead
-from salmonn.preference.objectives import OBJECTIVES, attach_objectives, objectives_of
+from salmonn.preference.objectives import (
+    OBJECTIVES,
+    attach_objectives,
+    find_max_words,
+    judged_objectives,
+    objectives_of,
+)
 from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
 from salmonn.train import reward_heads
 from salmonn.train.reward_heads import LENGTH, ObjectiveConfig, correct_for_length, fit_objective_head, fit_ridge
@@ -32,6 +38,18 @@ def test_objectives_by_hand():
     assert values == pytest.approx(expected | {"length": 0.5})
     silent = objectives_of(Score("a.mp4", 1, 1, 0, 0, num_words=90), Reference("a.mp4", (RED,)))
     assert silent == (0, None, 1, 1, None, 1, 1)  # no sound to hear, nothing in order
+
+
+def test_long_captions_differ_in_length():
+    """The 95th percentile of 100, 110, ..., 300 words is 290; that of the toy's short captions does not count."""
+    long = [Score("a.mp4", 1, 1, 0, 0, sample=number, num_words=100 + 10 * number) for number in range(21)]
+    assert find_max_words(long) == 290 and find_max_words(long[:1]) == 100
+    assert find_max_words([replace(score, num_words=score.num_words // 10) for score in long]) == 60
+    assert find_max_words([]) == 60
+    captions = [Caption("a.mp4", f"text {score.sample}", sample=score.sample) for score in long]
+    rows = judged_objectives(captions, long, {"a.mp4": REFERENCE})
+    lengths = [dict(zip(OBJECTIVES, row, strict=True))["length"] for _, row in rows]
+    assert lengths == pytest.approx([min((100 + 10 * number) / 290, 1) for number in range(21)])
 
 
 def test_each_answer_gets_its_objectives():
