@@ -30,10 +30,13 @@ from salmonn.preference.comparisons import (
     group_comparisons,
     read_preferences,
 )
+from salmonn.preference.feedback import kept_name
 from salmonn.preference.ideal_point import IdealPointConfig
-from salmonn.preference.objectives import attach_objectives, find_max_words
+from salmonn.preference.objectives import attach_objectives, find_max_words, judge_objectives
+from salmonn.preference.reward import make_judge
 from salmonn.preference.reward_model import HEAD_NAME, INFO_NAME, read_info
 from salmonn.records import Caption, Reference, Score
+from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from salmonn.train.data import ClipSource, check_texts
 from salmonn.train.dry_run import check_adapters, print_adapter_plan
@@ -49,6 +52,7 @@ from salmonn.train.run_steps import TRAINING_FILES, Step, fingerprint, flat_sett
 from salmonn.train.trackers import stop_tracker
 
 log = logging.getLogger("reward")
+UNCOMPARED = ("out", "root", "judge")  # settings that a resumed run may change
 ANSWERS_IN_PLAN = 8  # captions of a clip that pass through the model together
 
 
@@ -61,7 +65,9 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
         preferences: folder of a round (captions.jsonl and scores.jsonl) or of votes; or a file of comparisons, votes,
             published conversations, or rows with `prompt`, `chosen`, `rejected` and `video`.
         root: folder that the paths of the videos start from; by default that of the preferences.
-        references: JSONL of the references that the captions were judged against, for kind "objectives".
+        references: JSONL of references with events: for kind "objectives", those that the captions were judged against;
+            for kind "ideal-point", by which prototypes are named after the objectives that they reward.
+        judge: judge of the captions that were voted on, for kind "ideal-point" with references.
         min_gap: of judged captions: smallest difference in Total + repetition_weight * repetition of a comparison.
         repetition_weight: of judged captions: weight of repetition relative to Total.
         prototypes: of an ideal-point model: number of prototypes, or auto to choose it by cross-validation.
@@ -73,6 +79,7 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
     preferences: Path
     root: Path | None = None
     references: Path | None = None
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     min_gap: float = 0.1
     repetition_weight: float = 1.0
     prototypes: int | Literal["auto"] = "auto"
@@ -81,10 +88,10 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         RewardTrainingConfig.__post_init__(self)
-        if (self.kind == "objectives") != (self.references is not None):
+        if self.kind != "ideal-point" and (self.kind == "objectives") != (self.references is not None):
             raise ValueError(
-                "kind objectives needs the references that the captions were judged against, and no other kind does; "
-                f"got kind {self.kind} and references {self.references}"
+                "kind objectives needs the references that the captions were judged against, and besides it only kind "
+                f"ideal-point reads references; got kind {self.kind} and references {self.references}"
             )
         if self.min_gap <= 0 or self.repetition_weight < 0:
             raise ValueError(
@@ -120,8 +127,11 @@ def main(config: RewardRecipeConfig) -> None:
     )
     log.info("%s", preferences.describe())
     groups, max_words = group_comparisons(preferences.comparisons), None
-    if config.references:
+    if config.kind == "objectives":
         groups, max_words = with_objectives(groups, config)
+    elif config.references:
+        # Once for all ranks: a language model's replies cost money, and may differ.
+        groups = dist.gather([judge_votes(groups, config) if dist.is_main() else groups])[0]
     elif config.kind == "claims":
         captions, scores = read_judged(config)
         groups = attach_credits(groups, captions, scores)
@@ -148,7 +158,8 @@ def training_step(preferences: Preferences, groups: Sequence[AnswerGroup], confi
         settings["references"] = fingerprint(group.credits for group in groups)
     if config.references:
         settings["references"] = fingerprint(group.objectives for group in groups)
-    settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
+    # The judge matters by the objectives alone.
+    settings = {name: value for name, value in settings.items() if name.partition(".")[0] not in UNCOMPARED}
     results = (HEAD_NAME, INFO_NAME, "comparisons.jsonl", "raters.jsonl")
     files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, *results)
     return Step("model", settings, files, INFO_NAME)
@@ -195,6 +206,37 @@ def with_objectives(groups: list[AnswerGroup], config: RewardRecipeConfig) -> tu
     captions, scores = read_judged(config)
     references = {one.video: one for one in read_records(config.references, Reference)}
     return attach_objectives(groups, captions, scores, references), find_max_words(scores)
+
+
+def judge_votes(groups: list[AnswerGroup], config: RewardRecipeConfig) -> list[AnswerGroup]:
+    """Judge captions that were voted on, and return the groups with their objectives, where clips have references.
+
+    The web UI renames the videos that it keeps for votes; those are recognized by their content.
+
+    Raises:
+        ValueError: no caption could be judged, or the judge cannot use a reference.
+    """
+    path = config.references
+    assert path is not None
+    references = read_records(path, Reference)
+    by_video = {one.video: one for one in references}
+    by_video |= {
+        f"videos/{kept_name(path.parent / one.video)}": one for one in references if (path.parent / one.video).is_file()
+    }
+    judged = judge_objectives(groups, make_judge(config.judge), by_video)
+    num_known = sum(bool(group.objectives) for group in judged)
+    if not num_known:
+        raise ValueError(
+            f"no caption could be judged against {path}: it must describe the videos of the votes, and these must lie "
+            "where its paths lead from its folder; or leave out --references, and prototypes are named by texts alone"
+        )
+    if num_known < len(groups):
+        log.warning(
+            "prototypes are named by the captions of %d of %d clips, as no others could be judged",
+            num_known,
+            len(groups),
+        )
+    return judged
 
 
 def read_judged(config: RewardRecipeConfig) -> tuple[list[Caption], Sequence[Score]]:

@@ -348,12 +348,17 @@ def _find_flaw(feedback: Feedback) -> str:
     return ""
 
 
-def keep_video(path: Path, folder: Path) -> str:
-    """Copy a video to a folder, unless its content is there already; return its name there."""
+def kept_name(path: Path) -> str:
+    """Return the name by which a video is kept, which depends on its content."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:24]
     is_known = path.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
-    kept = folder / f"{digest}{path.suffix.lower() if is_known else '.mp4'}"
+    return f"{digest}{path.suffix.lower() if is_known else '.mp4'}"
+
+
+def keep_video(path: Path, folder: Path) -> str:
+    """Copy a video to a folder, unless its content is there already; return its name there."""
+    kept = folder / kept_name(path)
     if not kept.exists():
         temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
         shutil.copyfile(path, temporary)

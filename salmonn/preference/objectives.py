@@ -15,14 +15,15 @@ After ArmoRM (arXiv 2406.12845), whose objectives are ratings of people and mode
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, islice
 from typing import Literal
 
 import numpy as np
 
 from salmonn.preference.comparisons import AnswerGroup, attach_values
 from salmonn.records import Caption, Reference, Score
-from salmonn.score.judge import restrict_to_caption
+from salmonn.score.judge import Judge, ScoringTask, restrict_to_caption, restrict_to_span
 
 Debias = Literal["gold", "published", "none"]
 OBJECTIVES = ("seen", "heard", "correct", "faithful", "ordered", "unrepeated", "length")
@@ -98,6 +99,47 @@ def judged_objectives(
             reference = restrict_to_caption(references[score.video], caption)
             judged.append((caption, objectives_of(score, reference, max_words=max_words)))
     return judged
+
+
+def judge_objectives(
+    groups: Sequence[AnswerGroup], judge: Judge, references: Mapping[str, Reference]
+) -> list[AnswerGroup]:
+    """Judge the answers of groups, and return the groups with their objectives.
+
+    Groups whose video has no reference, or with an answer that the judge cannot score, have none.
+
+    Args:
+        groups: groups of captions.
+        judge: judge of the captions.
+        references: references by video.
+
+    Raises:
+        ValueError: the judge cannot use a reference.
+    """
+    tasks = []
+    for group in groups:
+        one, reference = group.example, references.get(group.example.video)
+        if reference is None:
+            continue
+        judge.check(reference)
+        for text, finished in group.answers:
+            caption = Caption(
+                one.video, text, one.prompt, finished=finished, modality=one.modality,
+                start_seconds=one.start_seconds, end_seconds=one.end_seconds,
+            )  # fmt: skip
+            tasks.append(ScoringTask(restrict_to_span(reference, caption), caption))
+    results = judge.judge(tasks)
+    max_words = find_max_words([result for result in results if isinstance(result, Score)])
+    judged, attached = iter(zip(tasks, results, strict=True)), list[AnswerGroup]()
+    for group in groups:
+        own = islice(judged, len(group.answers) if group.example.video in references else 0)
+        objectives = tuple(
+            objectives_of(result, restrict_to_caption(task.reference, task.caption), max_words=max_words)
+            for task, result in own
+            if isinstance(result, Score)
+        )
+        attached.append(replace(group, objectives=objectives if len(objectives) == len(group.answers) else ()))
+    return attached
 
 
 def attach_objectives(

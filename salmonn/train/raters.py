@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from salmonn.preference.ideal_point import (
     sort_prototypes,
 )
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, Rater
+from salmonn.preference.objectives import OBJECTIVES
 from salmonn.preference.reward_model import RewardInfo, save_reward_model
 from salmonn.score.repetition import count_repeated_words
 from salmonn.train.data import ClipSource
@@ -36,6 +38,7 @@ from salmonn.train.reward_states import STATES_NAME, RewardExample, compute_stat
 
 log = logging.getLogger(__name__)
 TEXT_TRAITS = ("words", "repetition")
+MAX_TRAITS = 3  # in the description of a prototype: those with the largest coefficients
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def fit_rater_groups(
     )
     with torch.no_grad():
         encoded = model.head(answer, prompt)
-        described = describe_prototypes(model.head.prototype_rewards(encoded), *_text_traits(groups), names=TEXT_TRAITS)
+        rows, traits, clip, names = _collect_traits(groups)
+        described = describe_prototypes(model.head.prototype_rewards(encoded)[rows], traits, clip, names=names)
         rewards = model.head.reward(encoded, model.prior)
     info = PrototypeInfo(
         form=config.form,
@@ -158,7 +162,9 @@ def fit_rater_groups(
         prompt_width=prompt.shape[1],
         sizes=tuple(model.prior.tolist()),
         entropy=float(model.entropy.mean()),
-        descriptions=tuple(", ".join(f"{name} {value:+.2f}" for name, value in one.items()) for one in described),
+        descriptions=tuple(
+            ", ".join(f"{name} {value:+.2f}" for name, value in list(one.items())[:MAX_TRAITS]) for one in described
+        ),
         candidates=heldout.candidates,
     )
     raters = []
@@ -179,15 +185,38 @@ def _join(states: Sequence[AnswerStates]) -> tuple[Tensor, Tensor]:
     return torch.cat([one.answer for one in states]), torch.cat([one.prompt for one in states])
 
 
-def _text_traits(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor]:
-    """Return the numbers of words and the shares of repeated ones of all answers, (R, 2), and their clips, (R,)."""
-    rows, clip = [], []
+def _collect_traits(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Return what prototypes are described by: the objectives of answers where they are known, or else their text.
+
+    Returns:
+        (M,) indices of the answers that have the traits, among all; (M, J) traits; (M,) clips; J names.
+    """
+    has_objectives = any(group.objectives for group in groups)
+    rows, traits, clip, start = list[int](), list[Sequence[float]](), list[int](), 0
     for index, group in enumerate(groups):
-        for text, _ in group.answers:
-            repeated, words = count_repeated_words(text)
-            rows.append((words, repeated / max(words, 1)))
-            clip.append(index)
-    return torch.tensor(rows, dtype=torch.float64), torch.tensor(clip)
+        known = _fill_unknown(group.objectives) if has_objectives else _text_traits(group)
+        rows += range(start, start + len(known))
+        traits += known
+        clip += [index] * len(known)
+        start += len(group.answers)
+    names = OBJECTIVES if has_objectives else TEXT_TRAITS
+    return torch.tensor(rows), torch.tensor(traits, dtype=torch.float64), torch.tensor(clip), names
+
+
+def _fill_unknown(objectives: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
+    """Return the objectives of a clip's answers with the mean of the others in place of unknown values."""
+    columns = []
+    for column in zip(*objectives, strict=True):
+        known = [value for value in column if value is not None]
+        mean = fmean(known) if known else 0.0
+        columns.append([mean if value is None else value for value in column])
+    return list(zip(*columns, strict=True))
+
+
+def _text_traits(group: AnswerGroup) -> list[Sequence[float]]:
+    """Return the number of words and the share of repeated ones of each answer."""
+    counts = [count_repeated_words(text) for text, _ in group.answers]
+    return [(words, repeated / max(words, 1)) for repeated, words in counts]
 
 
 def train_raters(

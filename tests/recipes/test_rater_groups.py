@@ -39,6 +39,7 @@ def trained(tmp_path_factory, launch):
     subprocess.run(forked(sys.executable, tool, *files, *flags), check=True, timeout=RUN_SECONDS)
     result = launch(
         "reward", kind="ideal-point", preferences=folder / "votes", prototypes=2, out=folder / "model", blind="false",
+        references=folder / "clips/clips.jsonl",
         **{"raters.hidden": 16, "raters.epochs": 60, "raters.learning_rate": 0.01, "feature_cache.folder": "null"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -53,6 +54,9 @@ def test_raters_are_told_apart(trained):
     raters = {one.rater: one for one in read_records(trained / "model/raters.jsonl", Rater)}
     assert set(raters) == {"complete-0", "short-1", "complete-2", "short-3"}
     preferred = {rater: max((0, 1), key=one.weights.__getitem__) for rater, one in raters.items()}
+    # The votes' videos are copies with other names, which are judged against the references all the same.
+    complete, short = (info["prototypes"]["descriptions"][preferred[one]] for one in ("complete-0", "short-1"))
+    assert "length -" in short and ("seen +" in complete or "heard +" in complete), (complete, short)
     assert preferred["complete-0"] == preferred["complete-2"] != preferred["short-1"] == preferred["short-3"]
     assert all(one.num_votes == 60 > one.num_heldout > 0 for one in raters.values())
 

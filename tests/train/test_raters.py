@@ -1,5 +1,7 @@
 """Rater groups from grouped comparisons: votes, held-out agreement by rater, and the folder of an ideal-point model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,28 @@ def test_two_groups_of_raters_are_told_apart():
     head = MixtureHead(fitted.model.head, torch.tensor(fitted.raters[1].weights))
     rewards = head.double()(states[0])
     assert rewards.dtype == torch.float64 and rewards.argmax() == 0
+
+
+def test_prototypes_are_named_by_objectives():
+    """One rater prefers what is seen, the other what is not; unknown values say nothing, nor does a clip without any.
+
+    `ordered` is unknown for one answer, and the mean of the others for the fit; `correct` falls as `seen` rises.
+    """
+    texts = ("one two three", "one", "one two")
+    known = ((0.0, 0.0), (0.4, None), (1.0, 1.0))
+    rows = tuple((seen, None, 1 - seen / 2, 1.0, ordered, 1.0, 0.05) for seen, ordered in known)
+    votes = ((2, 0), (1, 0), (2, 1), (0, 2), (0, 1), (1, 2))
+    groups = [
+        replace(group(f"{index}.mp4", texts, votes, ("ann",) * 3 + ("bob",) * 3), objectives=rows if index else ())
+        for index in range(20)
+    ]
+    states = [AnswerStates(torch.zeros(3, 2), torch.tensor([[0.0, 0.0], [2.0, 0.0], [5.0, 0.0]]))] * 20
+    heldout = measure_raters(states, groups, num_train=16, num_prototypes=2, config=SMALL, seed=1)
+    found = fit_rater_groups(states, groups, heldout, num_train=16, config=SMALL, seed=1).info.descriptions
+    named = [dict(part.rsplit(" ", 1) for part in text.split(", ")) for text in found]
+    assert all(set(one) == {"seen", "correct", "ordered"} for one in named)
+    signs = {(float(one["seen"]) > 0, float(one["correct"]) > 0) for one in named}
+    assert signs == {(True, False), (False, True)}
 
 
 def test_one_rater_has_one_prototype():

@@ -14,10 +14,12 @@ from salmonn.preference.objectives import (
     OBJECTIVES,
     attach_objectives,
     find_max_words,
+    judge_objectives,
     judged_objectives,
     objectives_of,
 )
-from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
+from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score, Unscored
+from salmonn.synthetic.judge import RuleJudge
 from salmonn.train import reward_heads
 from salmonn.train.reward_heads import LENGTH, ObjectiveConfig, correct_for_length, fit_objective_head, fit_ridge
 
@@ -60,6 +62,36 @@ def test_each_answer_gets_its_objectives():
     assert [row[1] for row in attached.objectives] == [1, 0]
     with pytest.raises(ValueError, match=r"1 judged videos have no reference, first a\.mp4"):
         attach_objectives([group], captions, scores, {})
+
+
+def test_votes_are_judged_for_their_objectives():
+    """Of two prompts about one clip; a clip without a reference has none, nor one with an answer without a score."""
+    texts = {"right": "A red circle appears.", "wrong": "A green star blinks.", "empty": "unscored"}
+
+    def group(video, *names, prompt="p"):
+        return AnswerGroup(
+            Comparison(video, prompt, "", ""), tuple((texts[one], True) for one in names), ((0, 1),), (None,)
+        )
+
+    class Judge(RuleJudge):
+        def judge(self, tasks, **options):
+            scored = zip(tasks, super().judge(tasks, **options), strict=True)
+            return [Unscored("a.mp4", "?") if task.caption.text == "unscored" else score for task, score in scored]
+
+    reference = Reference("b.mp4", (Event("a red circle appears", "visual", 0, 1),))
+    groups = [
+        group("a.mp4", "right", "wrong"),
+        group("x.mp4", "right", "wrong"),
+        group("a.mp4", "wrong", "right", prompt="q"),
+        group("a.mp4", "right", "empty"),
+    ]
+    first, unknown, second, partly = judge_objectives(groups, Judge(), {"a.mp4": reference})
+    right, wrong = first.objectives
+    assert second.objectives == (wrong, right) and unknown.objectives == partly.objectives == ()
+    assert dict(zip(OBJECTIVES, right, strict=True)) == {
+        "seen": 1, "heard": None, "correct": 1, "faithful": 1, "ordered": None, "unrepeated": 1, "length": 4 / 60,
+    }  # fmt: skip
+    assert wrong[:4] == (0, None, 1, 0)
 
 
 def test_the_ridge_has_an_intercept_and_leaves_out_unknown_values():
