@@ -8,11 +8,9 @@ from statistics import fmean, median
 
 from salmonn.preference.feedback import Feedback
 from salmonn.preference.feedback_pairs import last_ratings, to_comparisons
+from salmonn.preference.helpfulness import NO_DRAFT, list_outcomes
 from salmonn.preference.ratings import Ratings, fit_ratings
-from salmonn.score.persistence import share_kept
 from salmonn.score.stats import Interval, wilson_interval
-
-NO_DRAFT = "(no draft)"
 
 
 @dataclass(frozen=True)
@@ -166,18 +164,18 @@ def _model_use(name: str, feedback: Sequence[Feedback]) -> ModelUse:
     num_drafts = counts["write", "shown"] * (name != NO_DRAFT)
     ratings = [one.action == "good" for one in last_ratings(feedback) if one.tab == "caption"]
     num_copied = sum(one.action == "copy" and not one.first.text for one in feedback)  # earlier versions saved the text
-    texts = [one for one in feedback if one.tab == "write" and one.action in ("accept", "edit", "finish")]
-    seconds = [one.seconds for one in texts if one.seconds is not None]
-    totals = [one.total for one in texts if one.total is not None]
-    persistence = [share_kept(one.first.text, one.text) for one in texts if one.first.text.strip()]
+    values: dict[str, list[float]] = {}
+    for one in list_outcomes(feedback):
+        values.setdefault(one.measure, []).append(one.value)
+    kept, seconds, totals = (values.get(measure) for measure in ("kept of draft", "seconds", "final Total"))
     return ModelUse(
         name,
         copied=Proportion(num_copied, counts["caption", "shown"]),
         rated_good=Proportion(sum(ratings), len(ratings)),
         accepted=Proportion(counts["write", "accept"], num_drafts),
         edited=Proportion(counts["write", "edit"], num_drafts),
-        num_texts=len(texts),
-        persistence=fmean(persistence) if persistence else None,
+        num_texts=sum(counts["write", action] for action in ("accept", "edit", "finish")),
+        persistence=fmean(kept) if kept else None,
         seconds=median(seconds) if seconds else None,
         total=fmean(totals) if totals else None,
     )

@@ -13,7 +13,7 @@ what else differs between two captions would shrink all logits. So the effect of
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,8 @@ class Ratings:
         side: preference for the caption on the left (A), in logits.
         length: preference for a caption with 10 words more, in logits; at equal Total where all Totals are known.
         num_votes, num_raters: votes that were used, and people who gave them; all those without an id count as one.
+        votes_of: model -> number of its votes against others.
+        draws: ratings (R, models) of R resamples of the raters, in logits, in the order of `models`; none of one rater.
     """
 
     models: Mapping[str, Estimate]
@@ -61,6 +63,8 @@ class Ratings:
     length: Estimate
     num_votes: int
     num_raters: int
+    votes_of: Mapping[str, int]
+    draws: Array = field(repr=False, compare=False)
 
 
 def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES) -> Ratings | None:
@@ -75,18 +79,25 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES) -> 
     names, inputs, outcome = encode_votes(votes)
     raters: dict[str, int] = {}
     cluster = np.array([raters.setdefault(vote.rater, len(raters)) for vote, _ in votes])
-    estimates = effects = _estimate(inputs, outcome, cluster, resamples=resamples)
+    estimates, draws = _estimate(inputs, outcome, cluster, resamples=resamples)
+    effects = estimates
     totals = [[caption.total for caption in vote.captions] for vote, _ in votes]
     if all(total is not None for pair in totals for total in pair):
         difference = np.array(totals, dtype=np.float64) @ [-1, 1]
         scaled = difference / max(float(difference.std()), 1e-9)  # for the ridge
-        effects = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples)
-    is_compared = np.abs(inputs).sum(axis=0) > 0  # in the column of a model that has met itself only all are 0
-    elo = {
-        name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for index, name in enumerate(names) if is_compared[index]
-    }
-    best_first = dict(sorted(elo.items(), key=lambda item: -item[1].value))
-    return Ratings(best_first, effects[SIDE], effects[-1], len(votes), len(raters))
+        effects, _ = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples)
+    num_votes = np.count_nonzero(inputs, axis=0)  # in the column of a model that has met itself only all are 0
+    compared = [index for index in range(len(names)) if num_votes[index]]
+    best_first = sorted(compared, key=lambda index: -estimates[index].value)
+    return Ratings(
+        {names[index]: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for index in best_first},
+        side=effects[SIDE],
+        length=effects[-1],
+        num_votes=len(votes),
+        num_raters=len(raters),
+        votes_of={names[index]: int(num_votes[index]) for index in best_first},
+        draws=draws[:, best_first],
+    )
 
 
 def find_votes(feedback: Sequence[Feedback]) -> list[tuple[Feedback, Candidate]]:
@@ -116,23 +127,26 @@ def encode_votes(votes: Sequence[tuple[Feedback, Candidate]]) -> tuple[list[str]
     return names, inputs, outcome
 
 
-def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int) -> list[Estimate]:
-    """Fit all parameters (P,) of inputs (N, P), with their intervals."""
+def _estimate(
+    inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int
+) -> tuple[list[Estimate], Array]:
+    """Fit all parameters (P,) of inputs (N, P); return them with their intervals, and resampled ones (R, P)."""
     fitted = fit_logits(inputs, outcome, np.ones((1, len(inputs))), start=np.zeros(inputs.shape[1]))[0]
-    error = _bootstrap_error(inputs, outcome, cluster, fitted, resamples=resamples)
-    return [
+    error, draws = _bootstrap_error(inputs, outcome, cluster, fitted, resamples=resamples)
+    estimates = [
         Estimate(float(value), float(value - reach), float(value + reach))
         for value, reach in zip(fitted, error, strict=True)
     ]
+    return estimates, draws
 
 
 def _bootstrap_error(
     inputs: Array, outcome: Array, cluster: NDArray[np.int_], fitted: Array, *, resamples: int
-) -> Array:
-    """Return half the width of the 95 % interval of each parameter, by resampling clusters of votes."""
+) -> tuple[Array, Array]:
+    """Resample clusters of votes: return half the width of the 95 % interval of each parameter, and the fits (R, P)."""
     num_clusters = int(cluster.max()) + 1
     if num_clusters < 2:
-        return np.full(inputs.shape[1], np.inf)
+        return np.full(inputs.shape[1], np.inf), np.empty((0, inputs.shape[1]))
     rng = np.random.default_rng(0)
     fits = []
     chunk = max(_CHUNK // len(inputs), 1)
@@ -141,11 +155,12 @@ def _bootstrap_error(
         counts = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
         fits.append(fit_logits(inputs, outcome, counts[:, cluster].astype(np.float64), start=fitted, tolerance=1e-4))
     # Resampling G clusters has the variance of G - 1.
-    deviation = np.concatenate(fits).std(axis=0) * math.sqrt(num_clusters / (num_clusters - 1))
+    draws = np.concatenate(fits)
+    deviation = draws.std(axis=0) * math.sqrt(num_clusters / (num_clusters - 1))
     chance = expit(inputs @ fitted)
     curvature = (inputs.T * (chance * (1 - chance))) @ inputs + RIDGE * np.eye(inputs.shape[1])
     independent = np.sqrt(np.diag(np.linalg.inv(curvature)))
-    return np.asarray(np.maximum(deviation, independent) * student_t.ppf(0.975, num_clusters - 1))
+    return np.maximum(deviation, independent) * student_t.ppf(0.975, num_clusters - 1), draws
 
 
 def fit_logits(inputs: Array, outcome: Array, weights: Array, *, start: Array, tolerance: float = 1e-9) -> Array:

@@ -120,9 +120,12 @@ class WriteTab:
         if text.split() == draft.shown.first.text.split():
             action = "accept"
         analysis = self._analyze(text, draft)
-        written = draft.to_feedback(
-            action=action, text=text, total=analysis.score.total if analysis.score else None, rater=rater
-        )
+        total = analysis.score.total if analysis.score else None
+        first = replace(draft.shown.first, total=total)
+        if action != "accept":
+            of_draft = self._analyze(first.text, draft).score  # None of an empty one
+            first = replace(first, total=of_draft.total if of_draft else None)
+        written = draft.to_feedback(action=action, first=first, text=text, total=total, rater=rater)
         may_keep = bool(values[self.consent]) or self.state.example_of(draft.path) is not None
         try:
             written = self.state.feedback.add(written, draft.path if may_keep else None)

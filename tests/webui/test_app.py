@@ -337,6 +337,7 @@ def test_a_description_is_written(visitor, demo, examples):
     shown = written.first.text.replace("\r\n", "\n").replace("\r", "\n")  # as a text area has it
     assert (written.action, shown) == ("edit", drafts[1])
     assert (written.text, written.total) == (examples[1].reference.caption, 0.0) and 0 < written.seconds < STEP_SECONDS
+    assert written.first.total > 0  # the draft has been scored, too
     assert "The draft was by toy." in status.inner_text()
 
 
