@@ -1,11 +1,13 @@
 """`salmonn votes`: report on people's feedback in the web UI, export it, or delete that of one person."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
+from markupsafe import Markup
 from rich.table import Table
 
 from salmonn.cli.options import new_table, plural
@@ -37,6 +39,7 @@ def votes_parser() -> FlagParser:
         "--scores", nargs="+", type=str, default=[], metavar="MODEL=FILE", help="score files of models, as `salmonn "
         "score --out` writes them, in place of the Totals that were recorded with the captions"
     )  # fmt: skip
+    parser.add_argument("--report", type=Path | None, default=None, help="HTML page for the tables, besides printing")
     parser.add_argument(
         "--forget", type=str | None, default=None, metavar="ID", help="delete all feedback of this rater, with "
         "videos that no other feedback uses"
@@ -56,8 +59,8 @@ def run_votes(values: Namespace) -> int:
         raise ValueError("--export names a format and --out its file: give both, or neither")
     if values.forget is not None and values.export is not None:
         raise ValueError("--forget deletes and --export writes: give one of them")
-    if values.scores and (values.forget is not None or values.export):
-        raise ValueError("--scores belong to the report: give them without --forget and --export")
+    if (values.report or values.scores) and (values.forget is not None or values.export):
+        raise ValueError("--report and --scores belong to the report: give them without --forget and --export")
     feedback = read_feedback(values.folder)
     if values.forget is not None:
         deleted = FeedbackStore(values.folder).forget(values.forget)
@@ -75,9 +78,11 @@ def run_votes(values: Namespace) -> int:
         report = summarize_feedback(feedback)
         names = {caption.name for one in feedback for caption in one.captions}
         help_ = summarize_help(feedback, report.ratings, scores=_read_scores(values.scores, names))
-        console = Console(width=120)
-        for item in _list_items(report, help_):
+        items, console = list(_list_items(report, help_)), Console(width=120)
+        for item in items:
             console.print(item, highlight=not isinstance(item, str))
+        if values.report:
+            _write_page(values.report, items, title=f"Feedback in {values.folder.resolve().name}")
     return 0
 
 
@@ -103,6 +108,19 @@ def _read_scores(arguments: Sequence[str], names: set[str]) -> "dict[str, list[S
     if len(judges) > 1:
         raise ValueError("--scores are of different judges, prompts or protocols: score all models in the same way")
     return scores
+
+
+def _write_page(path: Path, items: Iterable[Item], *, title: str) -> None:
+    """Write the report as one self-contained HTML file."""
+    from salmonn.files import write_text
+    from salmonn.templates import load_template
+
+    def rows(table: Table) -> list[tuple[object, ...]]:
+        return list(zip(*(column.cells for column in table.columns), strict=True))
+
+    style = Markup(resources.files("salmonn.score").joinpath("report.css").read_text(encoding="utf-8"))
+    template = load_template(Path(__file__).with_name("votes.html.jinja"), rows=rows)
+    write_text(path, template.render(items=items, title=title, style=style))
 
 
 def _list_items(report: "FeedbackSummary", help_: "HelpSummary") -> Iterator[Item]:

@@ -1,6 +1,8 @@
 """Does help follow the metric? Correlations and differences, by hand and against scipy."""
 
+import html
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -174,7 +176,7 @@ def test_tables_on_the_command_line(store, call, tmp_path):
         store.add(write("one", f"r{index % 5}", total=index / 10, final=final, seconds=5.0 + index, text=text))
         store.add(write("", f"r{index % 5}", final=0.5, seconds=40.0 + index))
     store.add(replace(VOTE, rater="r0"))
-    code, out, _ = call("votes", store.folder)
+    code, out, _ = call("votes", store.folder, "--report", tmp_path / "votes.html")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     by_name = {row[0]: row[1:] for row in rows}
     assert code == 0
@@ -185,6 +187,13 @@ def test_tables_on_the_command_line(store, call, tmp_path):
     assert by_name["seconds: (no draft) - one"][0].startswith("+35.0 (")
     assert ["two", "1", "1075"] in [row[:3] for row in rows]  # one vote
     assert "no correlation of Total and rating (2 models of 1 rater)" in out
+    page = (tmp_path / "votes.html").read_text()
+    assert "<h2>Does help follow the metric?</h2>" in page and "http" not in page.partition("<body>")[2]
+    in_page = [
+        re.findall("<t[hd][^>]*>(.*?)</t[hd]>", line) for line in page.splitlines() if '<tr><th scope="row">' in line
+    ]
+    assert [[html.unescape(cell) for cell in row] for row in in_page] == rows
+    assert "<p>No correlation of Total and rating (2 models of 1 rater); " in page
     names = [f"{name}={tmp_path / name}.jsonl" for name in ("one", "unknown")]
     write_scores(
         tmp_path / "one.jsonl", JudgeInfo("rule", "x", "salmonn", "0", "2026", seeds=()), [Score("a.mp4", 4, 1, 0, 1)]
