@@ -294,8 +294,8 @@ def _compare_models(outcomes: Sequence[Outcome]) -> list[Difference]:
     """Return the differences of any two models in a measure; none if there are too few data.
 
     Raters and clips have effects if each has two outcomes or more on average: a rater who takes long with whatever
-    draft then says nothing about the drafts. The standard error is the larger one of independent outcomes and of
-    outcomes that are alike within a rater (the sandwich by raters, with the factor G / (G - 1) for G raters).
+    draft then says nothing about the drafts. The standard error is the larger one of independent outcomes and of the
+    jackknife over raters, in the closed form CR3 (Cameron and Miller, 2015): people differ in what helps them.
     """
     models, model = np.unique([one.model for one in outcomes], return_inverse=True)
     raters, rater = np.unique([one.rater for one in outcomes], return_inverse=True)
@@ -316,8 +316,14 @@ def _compare_models(outcomes: Sequence[Outcome]) -> list[Difference]:
         return []  # for example, each rater has had the drafts of one model only
     weights = contrasts @ inverse  # (pairs, N)
     independent = (weights**2).sum(axis=1) * (residual @ residual) / freedom
-    alike = (((weights * residual) @ np.eye(num_raters)[rater]) ** 2).sum(axis=1) * num_raters / (num_raters - 1)
-    errors = np.sqrt(np.maximum(independent, alike))
+    jackknife = np.zeros(len(pairs))
+    for rows in (np.flatnonzero(rater == index) for index in range(num_raters)):
+        remaining = np.eye(len(rows)) - inputs[rows] @ inverse[:, rows]
+        left_out = np.linalg.pinv(remaining, rcond=1e-9, hermitian=True)
+        if not np.allclose(weights[:, rows] @ left_out @ remaining, weights[:, rows], atol=1e-6):
+            return []  # without this rater nothing is left to compare
+        jackknife += (weights[:, rows] @ left_out @ residual[rows]) ** 2 * (num_raters - 1) / num_raters
+    errors = np.sqrt(np.maximum(independent, jackknife))
     counts = np.bincount(model)
     differences = []
     for (first, second), value, error in zip(pairs, weights @ values, errors, strict=True):

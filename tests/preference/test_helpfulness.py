@@ -124,6 +124,24 @@ def test_differences_by_least_squares():
     assert one.numbers == (22, 26) and one.num_raters == 4 and one.adjusted_p < 1e-6
 
 
+def test_errors_are_of_the_jackknife_over_raters():
+    """Models help people unlike: of raters with unequal numbers of texts, each is left out in turn."""
+    rng = np.random.default_rng(1)
+    texts = [
+        write(model, f"r{rater}", seconds=9 * (model == "one") * (rater % 3) + rng.normal(), video=f"{rater}{n}.mp4")
+        for rater in range(6) for n in range(rater + 2) for model in ("one", "two")
+    ]  # fmt: skip
+
+    def compare(texts):
+        (one,) = [one for one in summarize_help(texts, None).differences if one.measure == "seconds"]
+        return one.value
+
+    without = [compare([one for one in texts if one.rater != f"r{rater}"]).value for rater in range(6)]
+    one = compare(texts)
+    error = np.sqrt(5 / 6 * sum((value - one.value) ** 2 for value in without))
+    assert one.high - one.value == pytest.approx(2.5706 * error, rel=1e-4)  # t of 5 degrees of freedom
+
+
 def test_p_values_by_hand():
     """Each rater has one text of either kind: least squares with effects of raters are the paired t-test."""
     first, second = [10.0, 12, 9, 14, 11, 13], [8.0, 11, 9.5, 10, 12, 9]
@@ -164,8 +182,10 @@ def test_adjusted_p_values():
 def test_models_that_cannot_be_compared():
     """Each rater had the drafts of one model only, so raters and models cannot be told apart."""
     texts = [write("one" if rater < 3 else "two", f"r{rater}", seconds=5.0 + rater) for rater in range(6)] * 4
-    help_ = summarize_help(texts, None)
-    assert help_.differences == () and "seconds" in help_.uncompared
+    both = write("two", "r0", seconds=9.0)  # nor if one of them had both
+    for known in (texts, [*texts, both, both]):
+        help_ = summarize_help(known, None)
+        assert help_.differences == () and "seconds" in help_.uncompared
     assert summarize_help([], None).correlations == ()
 
 
