@@ -1,12 +1,12 @@
-"""Margins of people's votes, to choose a subset of them by: how differently the voters like the captions of a vote.
+"""Margins of people's votes, by which a subset is chosen: how much more the voters like one caption than the other.
 
 A vote says which caption is better, not by how much. So a taste is fitted to all votes by Bradley and Terry's model,
 
     P(A wins) = sigmoid(w . (x_A - x_B) + side)
 
 where x is the model of a caption, its length, the share of its words that are repeated and, where the vote recorded it
-for both captions, its Total. The margin is |w . (x_A - x_B)| in logits, without the side. As FiFA's (arXiv 2410.10166),
-it has no sign: the vote alone says which caption is better, also where it contradicts the taste.
+for both captions, its Total. The margin is |w . (x_A - x_B)| in logits, without the side. Like FiFA's margin (arXiv
+2410.10166), it has no sign: the vote alone says which caption is better, even where it contradicts the taste.
 
 The w of a vote is fitted to votes on other videos. If the tastes do not predict votes better than chance,
 votes have no margin. No reward model or judge is needed. Imports no torch.
@@ -23,11 +23,12 @@ from salmonn.score.repetition import count_repeated_words
 from salmonn.score.stats import wilson_interval
 
 NUM_FOLDS = 5
+DIGITS = 6  # of a margin: the last bits of the fit differ between processors, but all ranks must choose the same pairs
 
 
 @dataclass(frozen=True)
 class Taste:
-    """What votes on other videos say about each vote.
+    """Margins of votes, and how many votes those on other videos predict.
 
     Args:
         margins: vote -> margin in logits; empty if votes are not predicted better than chance.
@@ -76,7 +77,7 @@ def fit_taste(feedback: Sequence[Feedback]) -> Taste:
     num_decided = int(decided.sum())
     num_predicted = int(((logits > 0) == (outcome > 0.5))[decided].sum())
     is_predictive = wilson_interval(num_predicted, num_decided).low > 0.5
-    margins = {vote: abs(float(logit)) for (vote, _), logit in zip(votes, logits, strict=True)}
+    margins = {vote: round(abs(float(logit)), DIGITS) for (vote, _), logit in zip(votes, logits, strict=True)}
     num_totals = sum(all(one.total is not None for one in vote.captions) for vote, _ in votes)
     return Taste(margins if is_predictive else {}, len(votes), num_totals, num_decided, num_predicted)
 

@@ -63,6 +63,17 @@ def test_margins_grow_with_the_difference_in_total():
     assert second == pytest.approx(4 * first) and third == 0.0 and fourth > second
 
 
+def test_margins_do_not_depend_on_the_order_of_summation():
+    """Processors add in different orders; a resumed run, or another machine of the run, must find the same margins."""
+    votes = [
+        vote(number // 7, replace(GOOD, total=0.1 + number % 11 / 13), replace(BAD, total=0.3), choice)
+        for number, choice in enumerate(["first", "first", "first", "second", "first"] * 14)
+    ]
+    other_order = [one for start in range(0, 70, 7) for one in reversed(votes[start : start + 7])]
+    margins = fit_taste(votes).margins
+    assert margins and margins == fit_taste(other_order).margins
+
+
 @pytest.mark.parametrize("choices", [("first", "second"), ("first", "first")])
 def test_votes_that_nothing_predicts_have_no_margin(choices):
     """Either model is preferred as often as the other; or always the caption on the left, which is a matter of side."""
