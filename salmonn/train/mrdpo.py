@@ -387,10 +387,12 @@ def _log_comparisons(config: MrDpoConfig, num_clips: int) -> None:
     """Log how many requests a voter that is a language model takes."""
     if config.reward.voter == "llm":
         number = config.sampling.num_samples
+        num_pairs = number * (number - 1) // 2 + (number**2 if config.extrapolate else 0)
         log.info(
-            "reward.voter llm: up to %d requests per round, for all pairs of %d captions of %d clips in both orders",
-            num_clips * number * (number - 1),
+            "reward.voter llm: up to %d requests per round, for all pairs of %d captions%s of %d clips in both orders",
+            num_clips * num_pairs * 2,
             number,
+            ", and of these with as many opponents (extrapolate)," if config.extrapolate else "",
             num_clips,
         )
 

@@ -851,6 +851,29 @@ def test_held_out_clips_suit_the_judge_whatever_the_reward(captioner, videos, tm
         load_data(config, SimpleNamespace(check=lambda _: None), captioner.processor, judge=RuleJudge())
 
 
+@pytest.mark.parametrize(("extrapolate", "told"), [(False, "up to 12 requests"), (True, "up to 48 requests")])
+def test_the_requests_of_a_language_model_as_a_voter_are_told(captioner, videos, tmp_path, caplog, extrapolate, told):
+    """2 clips with 3 captions each: 3 pairs in two orders, and with 3 opponents 9 pairs more."""
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(videos[0], tmp_path / name)
+    references = tmp_path / "references.jsonl"
+    write_records(references, [Reference(name, caption="a star appears") for name in ("a.mp4", "b.mp4")])
+    config = MrDpoConfig(
+        references=references,
+        heldout_references=references,
+        loss=LossConfig("nash", ce_weight=0.0),
+        reward=RewardConfig("voter", voter="llm"),
+        judge=JudgeConfig(kind="openai", model="m"),
+        sampling=SampleConfig(num_samples=3),
+        extrapolate=extrapolate,
+        rebirth=None,
+    )
+    caplog.set_level("INFO")
+    anything = SimpleNamespace(check=lambda _: None)
+    load_data(config, anything, captioner.processor, judge=anything)
+    assert told in caplog.text and ("with as many opponents" in caplog.text) == extrapolate
+
+
 def test_clips_that_cannot_be_tailored_are_rejected_before_the_rounds(captioner, videos, tmp_path):
     shutil.copy(videos[0], tmp_path / "a.mp4")
     references, heldout = tmp_path / "references.jsonl", tmp_path / "heldout.jsonl"
