@@ -75,7 +75,7 @@ def last_ratings(feedback: Sequence[Feedback]) -> list[Feedback]:
 
 
 def deal_pairs(comparisons: Sequence[Comparison], max_pairs_per_video: int) -> list[Comparison]:
-    """Return at most so many comparisons of each clip and prompt, dealt evenly over their raters, in order.
+    """Return at most `max_pairs_per_video` comparisons of each clip and prompt, dealt evenly to their raters, in order.
 
     Raters take turns: next is the one with the fewest comparisons of the clip, and then of all clips, so that a person
     who votes on everything does not outvote the others. All comparisons without an id, and those that several people's
