@@ -69,8 +69,19 @@ class VoterReward(Reward, Generic[View]):
         return self.rate_contenders(self.examine(tasks))
 
     def rate_against(self, tasks: Sequence[ScoringTask], opponents: Sequence[ScoringTask]) -> list[Rating | Unscored]:
-        """Rate captions by their win rates against other captions of their clips, such as those of another policy."""
-        return self.rate_contenders(self.examine(tasks), self.examine(opponents))
+        """Rate captions by their win rates against other captions of their clips, such as those of another policy.
+
+        Captions of a clip whose opponents are all unscored are unscored, too.
+        """
+        examined = self.examine(opponents)
+        videos = {one.video for one in examined if not isinstance(one, Unscored)}
+        contenders = [
+            one
+            if isinstance(one, Unscored) or one.video in videos
+            else Unscored(one.video, "there is no scored caption of its clip to compare it with", one.sample)
+            for one in self.examine(tasks)
+        ]
+        return self.rate_contenders(contenders, examined)
 
     def rate_contenders(
         self,

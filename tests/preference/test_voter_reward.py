@@ -184,15 +184,15 @@ def test_what_a_language_model_needs_to_vote(ask):
 def test_win_rates_against_another_policy_by_hand():
     """Against opponents that all say "is heard": "plays" wins with 0.9, "is heard" draws, silence wins with 0.3.
 
-    A clip without opponents says nothing.
+    A caption without opponents has no win rate.
     """
     reward = SimulatedVoterReward(RuleJudge(), make_voter("cycle"))
     opponents = tasks_of([TEXTS[1], TEXTS[1]])
     ratings = reward.rate_against(tasks_of(), opponents)
     assert [one.value for one in ratings] == pytest.approx([0.9, 0.5, 0.1, 0.3])
     other = replace(REFERENCE, video="b.mp4")
-    (alone,) = reward.rate_against([ScoringTask(other, Caption("b.mp4", TEXTS[0]))], opponents)
-    assert alone.value == 0.5
+    (alone,) = reward.rate_against([ScoringTask(other, Caption("b.mp4", TEXTS[0], sample=3))], opponents)
+    assert alone == Unscored("b.mp4", "there is no scored caption of its clip to compare it with", sample=3)
 
 
 def test_the_order_of_showing_does_not_count():
