@@ -9,6 +9,7 @@ Finished parts are skipped: run the same command again to resume.
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import correlation
 
 from lab_driver import (
     OUT,
@@ -137,6 +138,12 @@ def gate(name: str) -> Callable[[Results], float]:
     return lambda results: 100 * float(results["gate"]["accuracies"][name]["mean"])
 
 
+def pearson_of_rich(results: Results) -> float:
+    """Return Pearson's r of accuracy and gain over the rewards that are fitted to `rich` states and see the clip."""
+    rewards = [one for one in results["benchmark"]["rewards"] if one["reward"].startswith("rich")]
+    return correlation([one["accuracy"] for one in rewards], [-one["total"] for one in rewards])
+
+
 CLAIMS, BLIND = "claims", "claims, blind"
 KNOWN, UNSEEN = ("K=2", "known", "mean"), ("K=2", "unseen", "20")
 ROWS = (
@@ -197,6 +204,7 @@ ROWS = (
         lambda mean: mean >= 0.8,
         digits=2,
     ),
+    Row("the same for rewards on `rich` states alone: >= 0.8", pearson_of_rich, lambda mean: mean >= 0.8, digits=2),
 )
 
 
