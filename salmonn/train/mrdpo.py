@@ -436,4 +436,9 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         is_judged_by_model=config.judge.kind != "rule" and config.reward.rates_by_judge,
         is_sampled_here=samples_here,
     )
-    print_hours(work, config.estimate)
+    not_estimated = []
+    if config.extrapolate:
+        not_estimated.append("The hours are those of the first step of a round; extrapolate adds another of this size.")
+    if config.reward.voter == "llm":
+        not_estimated.append("The requests of reward.voter llm are not estimated.")
+    print_hours(work, config.estimate, not_estimated=not_estimated)

@@ -11,7 +11,7 @@ A multiplication and an addition are two FLOPs. T tokens pass through the layers
 attention takes 4 H d FLOPs for each query and key in each layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -247,8 +247,8 @@ def make_work(
     )
 
 
-def print_hours(work: RoundWork, config: EstimateConfig) -> None:
-    """Print the hours of a round for each kind of GPU, on rank 0."""
+def print_hours(work: RoundWork, config: EstimateConfig, *, not_estimated: Sequence[str] = ()) -> None:
+    """Print the hours of a round for each kind of GPU, on rank 0, and sentences on what is not part of them."""
     if not dist.is_main():
         return
     gpus = config.gpus or dist.world_size()
@@ -270,7 +270,8 @@ def print_hours(work: RoundWork, config: EstimateConfig) -> None:
         f"Assumed: clips of 51 s; captions of {work.caption_tokens} tokens; "
         f"{rows}{100 * PREFILL_SHARE:.0f} % of the peak FLOPs in forward passes, "
         f"{100 * TRAINING_SHARE:.0f} % in training; the judge is a 7B on further GPUs of this kind "
-        f"({config.judge_gpus}), with prefix caching, and judges while captions are sampled.",
+        f"({config.judge_gpus}), with prefix caching, and judges while captions are sampled."
+        + "".join(f"\n{sentence}" for sentence in not_estimated),
         highlight=False,
     )
 

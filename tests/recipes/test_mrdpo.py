@@ -894,6 +894,19 @@ def test_clips_that_cannot_be_tailored_are_rejected_before_the_rounds(captioner,
             load_data(config, reward, captioner.processor, judge=reward)
 
 
+def test_a_dry_run_says_which_hours_of_nash_learning_are_not_estimated(capsys):
+    plain = MrDpoConfig(
+        dry_run=True, rebirth=None, loss=LossConfig("nash", ce_weight=0.0), reward=RewardConfig("voter", voter="judge")
+    )
+    llm = replace(plain, reward=RewardConfig("voter", voter="llm"), judge=JudgeConfig(kind="openai", model="m"))
+    shown = []
+    for config in (plain, replace(llm, extrapolate=True)):
+        print_memory_plan(config)
+        text = " ".join(capsys.readouterr().out.split())
+        shown.append([part in text for part in ("those of the first step of a round", "voter llm are not estimated")])
+    assert shown == [[False, False], [True, True]]
+
+
 def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, random_model, tmp_path, monkeypatch):
     recipe = load_recipe("mrdpo")
     monkeypatch.setattr(recipe.dist, "setup", lambda **_: None)
