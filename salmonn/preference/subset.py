@@ -124,7 +124,7 @@ def rank_pairs(
 
 
 def _clip_key(pair: Comparison) -> tuple[object, ...]:
-    return pair.video, pair.start_seconds, pair.end_seconds
+    return pair.video, pair.modality, pair.audio, pair.start_seconds, pair.end_seconds
 
 
 def _clip_texts(pairs: Sequence[Comparison]) -> list[str]:

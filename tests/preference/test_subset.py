@@ -64,6 +64,8 @@ def test_votes_on_one_clip_are_at_distance_0():
     assert third.diversity == fourth.diversity == 0.0  # no word in common that counts
     part = Comparison("a", "describe", "green", "sun", start_seconds=3.0)
     assert ranks([votes[0], part, votes[2]], keep=2) == [1, 2, None]  # parts of a video are different clips
+    for other in ({"modality": "audio"}, {"audio": "other.wav"}):  # and so is what is only heard, or heard with it
+        assert ranks([votes[0], votes[1], replace(part, start_seconds=None, **other)], keep=2) == [1, None, 2]
     # Equal words elsewhere are at distance 0 too.
     elsewhere = [replace(votes[0], video="x"), replace(votes[0], video="y"), votes[2]]
     assert ranks(elsewhere, keep=2) == [1, None, 2]
