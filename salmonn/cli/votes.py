@@ -97,7 +97,7 @@ def _read_scores(arguments: Sequence[str], names: set[str]) -> "dict[str, list[S
     scores, judges = {}, set()
     for argument in arguments:
         name, _, path = argument.rpartition("=")
-        if name not in names:
+        if not name or name not in names:
             known = ", ".join(sorted(names - {""}))
             raise ValueError(f"--scores {argument}: expected MODEL=FILE with a model that has feedback: {known}")
         file = read_scores(path)

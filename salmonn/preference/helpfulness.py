@@ -36,7 +36,7 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one caption with one person, by one measure.
+    """Value of one measure of helpfulness for one caption and one person.
 
     Args:
         measure: "rated good", "accepted", "kept of draft", "final Total" or "seconds".

@@ -6,7 +6,7 @@
     ordered       share of pairs of mentions, within picture or sound, that follow each other in the order of time
     unrepeated    1 - share of words in repeated clauses
     length        words / 60, at most 1: not a goal; the others are corrected for it. Where the 95th percentile of the
-                  captions' words is more than 60, that many
+                  captions' numbers of words is above 60, it replaces 60
 
     dialogue      dialogue accuracy (docs/metrics.md): only in floors and the judge's reward, not in reward models
 

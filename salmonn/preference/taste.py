@@ -50,7 +50,11 @@ class Taste:
             return "there are no votes to fit margins to"
         share = self.num_predicted / max(self.num_decided, 1)
         interval = wilson_interval(self.num_predicted, self.num_decided)
-        source = "its difference is the margin" if self.margins else "that may be chance, so votes have no margin"
+        source = (
+            "the margin is the difference in this taste"
+            if self.margins
+            else "that may be chance, so votes have no margin"
+        )
         return (
             f"the voters' taste (model, length and repetition of captions; Total in {self.num_totals} of "
             f"{self.num_votes} votes), fitted to votes on other videos, predicts {100 * share:.1f} % "

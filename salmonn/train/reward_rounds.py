@@ -307,13 +307,17 @@ class RewardRounds:
         if audited is None:
             return
         log.info("%s: on new captions, the previous reward model %s", name, describe_agreement(audited, of="judged"))
-        if audited.accuracy < self.config.min_agreement and not self._num_labelled(number):
+        if audited.accuracy < self.config.min_agreement and not self.labelled_videos(number):
+            has_run_out = self._num_labelled(number) > 0
             log.warning(
                 "%s: the reward model agrees with %.0f %% of the judge's comparisons of new captions, below "
-                "reward.min_agreement %.2f; let the judge label further clips (reward.refresh_clips)",
+                "reward.min_agreement %.2f; %s",
                 name,
                 100 * audited.accuracy,
                 self.config.min_agreement,
+                "add events to more references"
+                if has_run_out
+                else "let the judge label further clips (reward.refresh_clips)",
             )
 
     def _explain_refresh(self, number: int, audit: "Audit") -> str:
@@ -330,9 +334,9 @@ class RewardRounds:
             return f"the reward model was {decision}, since no two audited captions of a clip differ in Total"
         return (
             f"the reward model was {decision}, since it agrees with {100 * audit.agreement.accuracy:.0f} % of the "
-            f"judge's comparisons of new captions, and its 95 % interval starts at {100 * audit.agreement.low:.0f} %: "
-            f"it is kept from {100 * self.config.min_agreement:.0f} % (reward.min_agreement) and "
-            f"{100 * CHANCE:.0f} % on"
+            f"judge's comparisons of new captions, and the 95 % interval starts at {100 * audit.agreement.low:.0f} %; "
+            f"it is kept if the agreement is at least {100 * self.config.min_agreement:.0f} % (reward.min_agreement) "
+            f"and the interval starts at {100 * CHANCE:.0f} % or above"
         )
 
 

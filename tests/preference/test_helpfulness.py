@@ -222,5 +222,6 @@ def test_tables_on_the_command_line(store, call, tmp_path):
     assert code == 0 and "Hallucination" in out and "50.0" in out
     code, _, err = call("votes", store.folder, "--scores", names[0], "--forget", "r0")
     assert code == 2 and "give them without --forget" in err
-    code, _, err = call("votes", store.folder, "--scores", names[1])
-    assert code == 2 and "a model that has feedback: one" in err
+    for wrong in (names[1], tmp_path / "one.jsonl"):  # texts without a draft have no model
+        code, _, err = call("votes", store.folder, "--scores", wrong)
+        assert code == 2 and "a model that has feedback: one" in err

@@ -37,7 +37,7 @@ def test_the_margin_is_fitted_to_votes_on_other_videos():
     assert "Total in 0 of 21 votes), fitted to votes on other videos, predicts 100.0 % (83.9 to 100.0)" in (
         taste.describe()
     )
-    assert taste.describe().endswith("its difference is the margin")
+    assert taste.describe().endswith("the margin is the difference in this taste")
     against = replace(votes[0], choice="second")  # the margin has no sign
     comparisons, _ = to_comparisons([*votes, against], margins=fit_taste([*votes, against]).margins)
     assert len(comparisons) == 21 and comparisons[-1].margin > 1

@@ -116,9 +116,9 @@ def rate_round(rounds: KnownRounds, number: int) -> RewardRound:
     ("share", "min_agreement", "trained", "reason"),
     [
         (1.0, 0.65, False, "was kept, since it agrees with 100 % of the judge's comparisons of new captions"),
-        (1.0, 1.0, False, "starts at 61 %: it is kept from 100 % (reward.min_agreement) and 50 % on"),
+        (1.0, 1.0, False, "starts at 61 %; it is kept if the agreement is at least 100 % (reward.min_agr"),
         (0.5, 0.65, True, "was trained again, since it agrees with 50 %"),
-        (5 / 6, 0.65, True, "agrees with 83 % of the judge's comparisons of new captions, and its 95 % interval"),
+        (5 / 6, 0.65, True, "agrees with 83 % of the judge's comparisons of new captions, and the 95 % interval"),
     ],
 )
 def test_a_model_is_trained_again_on_demand(tmp_path, share, min_agreement, trained, reason):
@@ -169,6 +169,8 @@ def test_labels_run_out(tmp_path, caplog, refresh):
         f"round_{number}: the reward model has learned from {learned} of the 4 audited"
         for number, learned in ((2, 1), (3, 4))
     ]
+    low = [message for message in caplog.messages if "below reward.min_agreement" in message]
+    assert len(low) == 1 and low[0].startswith("round_3: ") and low[0].endswith("add events to more references")
 
 
 def test_half_of_an_audit_is_where_the_ensemble_disagrees_most():
