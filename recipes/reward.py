@@ -44,7 +44,7 @@ from salmonn.train.encoding import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import check_processes
-from salmonn.train.raters import describe_raters, train_raters
+from salmonn.train.raters import describe_raters, print_groups, train_raters
 from salmonn.train.reward import BLIND_DIR, RewardTrainer, RewardTrainingConfig
 from salmonn.train.reward_states import STATES_NAME
 from salmonn.train.run_folder import RunConfig, is_missing, open_run
@@ -146,6 +146,8 @@ def main(config: RewardRecipeConfig) -> None:
     assert agreement is not None, "training measures it"
     if info.prototypes:
         log.info("%s", describe_raters(info.prototypes))
+        if dist.is_main():
+            print_groups(info.prototypes)
     log.info("%s %s", config.out, describe_agreement(agreement))
     if warning := looking_warning(agreement):
         log.warning("%s", warning)

@@ -1,6 +1,6 @@
 """Agreement of a reward model with the source of its comparisons, next to controls that need no clip."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,31 @@ class Agreement:
     blind: float | None = None
 
 
+@dataclass(frozen=True)
+class OrderedVotes:
+    """Share of votes that a reward orders as they were cast.
+
+    Args:
+        num_votes: number of votes.
+        accuracy: the share; ties count one half; None without votes.
+        low, high: its 95 % Wilson interval, as that of `Agreement`; from 0 to 1 without votes.
+    """
+
+    num_votes: int
+    accuracy: float | None
+    low: float
+    high: float
+
+
+def measure_votes(margins: Tensor, clips: Sequence[Hashable]) -> OrderedVotes:
+    """Return the share of positive margins (N,), of votes on these clips."""
+    if not len(margins):
+        return OrderedVotes(0, None, 0.0, 1.0)
+    accuracy, number = share_positive(margins), effective_number(margins, clips)
+    interval = wilson_interval(accuracy * number, number)
+    return OrderedVotes(len(margins), accuracy, interval.low, interval.high)
+
+
 def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Tensor | None) -> Agreement:
     """Return the share of comparisons with a positive margin, next to the blind twin's and that of longer captions."""
     words = torch.tensor(
@@ -58,7 +83,7 @@ def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Ten
     )
 
 
-def effective_number(margins: Tensor, clips: Sequence[str]) -> float:
+def effective_number(margins: Tensor, clips: Sequence[Hashable]) -> float:
     """Return the number of independent comparisons whose share of positive margins would vary as much.
 
     It is at most that of the comparisons: their number over the design effect (Kish, Survey Sampling, 1965), with the
@@ -93,6 +118,13 @@ def describe_agreement(agreement: Agreement, *, of: str = "held-out") -> str:
         f"{agreement.num_comparisons} {of} comparisons of {agreement.num_clips} clips{blind}; "
         f"the longer caption {100 * agreement.longest:.1f} %"
     )
+
+
+def describe_votes(votes: OrderedVotes) -> str:
+    """Return the share with its interval, such as "78.1 % (70.2 to 84.5)"; a dash without votes."""
+    if votes.accuracy is None:
+        return "\N{EN DASH}"
+    return f"{100 * votes.accuracy:.1f} % ({100 * votes.low:.1f} to {100 * votes.high:.1f})"
 
 
 def looking_warning(agreement: Agreement) -> str | None:

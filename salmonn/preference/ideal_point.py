@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 Form = Literal["score", "distance", "angle"]
@@ -375,6 +376,21 @@ def describe_prototypes(
         dict(sorted(zip(names, column.tolist(), strict=True), key=lambda item: -abs(item[1])))
         for column in coefficients.T
     ]
+
+
+def match_prototypes(rewards: Tensor, others: Tensor, clip: Tensor) -> list[int]:
+    """Match the prototypes of two models, one to one, so that the sum of their correlations within clips is largest.
+
+    Args:
+        rewards, others: (B, K) reward of each caption for each prototype of either model.
+        clip: (B,) index of each caption's clip.
+
+    Returns:
+        For each of the first model's prototypes, the index of the second model's.
+    """
+    first, second = (_standardize_within(one.double(), clip) for one in (rewards, others))
+    _, columns = linear_sum_assignment((first.T @ second).numpy(), maximize=True)
+    return [int(column) for column in columns]
 
 
 def _standardize_within(values: Tensor, clip: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from salmonn.files import read_records
 from salmonn.model.pooling import AnswerStates
+from salmonn.preference.agreement import OrderedVotes
 from salmonn.preference.ideal_point import (
     Encoded,
     Form,
@@ -56,6 +57,8 @@ class PrototypeInfo:
         entropy: how mixed the raters are on average, from 0 (one prototype each) to 1 (all equally).
         descriptions: what each prototype rewards, such as "words -0.9".
         candidates: accuracy of the numbers of prototypes that were compared; empty if the number was given.
+        agreement: for each prototype's reward, how it orders the held-out votes of each group of raters (see
+            `RaterGroup`), K of K; empty if it was not measured, as by earlier versions.
     """
 
     form: Form
@@ -66,6 +69,7 @@ class PrototypeInfo:
     entropy: float
     descriptions: tuple[str, ...] = ()
     candidates: tuple[HeldoutAccuracy, ...] = ()
+    agreement: tuple[tuple[OrderedVotes, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class RaterGroup:
         num_raters: number of raters of the group.
         num_heldout: their votes on held-out clips.
         agreement: share of these votes that the rewards of their raters predict; None without any.
+        ordered: how the prototype's reward orders the held-out votes of each group, this one among them; empty if it
+            was not measured.
     """
 
     description: str
@@ -85,6 +91,7 @@ class RaterGroup:
     num_raters: int
     num_heldout: int
     agreement: float | None
+    ordered: tuple[OrderedVotes, ...] = ()
 
 
 def group_raters(info: PrototypeInfo, raters: Sequence[Rater]) -> list[RaterGroup]:
@@ -94,9 +101,9 @@ def group_raters(info: PrototypeInfo, raters: Sequence[Rater]) -> list[RaterGrou
         own = [one for one in raters if max(range(len(one.weights)), key=one.weights.__getitem__) == number]
         num_heldout = sum(one.num_heldout for one in own)
         predicted = sum((one.agreement or 0.0) * one.num_heldout for one in own)
-        groups.append(
-            RaterGroup(description, size, len(own), num_heldout, predicted / num_heldout if num_heldout else None)
-        )
+        agreement = predicted / num_heldout if num_heldout else None
+        ordered = info.agreement[number] if info.agreement else ()
+        groups.append(RaterGroup(description, size, len(own), num_heldout, agreement, ordered))
     return groups
 
 

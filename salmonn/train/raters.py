@@ -9,16 +9,19 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from salmonn import dist
 from salmonn.files import write_records
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import AnswerStates
-from salmonn.preference.agreement import measure_agreement
+from salmonn.preference.agreement import OrderedVotes, describe_votes, measure_agreement, measure_votes
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import fit_temperature
 from salmonn.preference.ideal_point import (
+    Encoded,
     HeldoutAccuracy,
     IdealPointConfig,
     RaterModel,
@@ -26,6 +29,7 @@ from salmonn.preference.ideal_point import (
     choose_num_prototypes,
     describe_prototypes,
     fit_raters,
+    match_prototypes,
     sort_prototypes,
 )
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, Rater
@@ -47,13 +51,20 @@ class HeldoutVotes:
 
     Args:
         margins: (N,) of the votes, each with its rater's reward.
-        num_prototypes: K.
+        model: the fitted model, with K prototypes.
+        agreement: for each prototype's reward, how it orders the votes of each group of raters.
         candidates: accuracy of the numbers of prototypes that were compared; empty if the number was given.
     """
 
     margins: Tensor
-    num_prototypes: int
+    model: RaterModel
+    agreement: tuple[tuple[OrderedVotes, ...], ...]
     candidates: tuple[HeldoutAccuracy, ...] = ()
+
+    @property
+    def num_prototypes(self) -> int:
+        """K."""
+        return self.model.head.num_prototypes
 
 
 @dataclass(frozen=True)
@@ -129,8 +140,35 @@ def measure_raters(
         answer, prompt, train, num_raters=len(ids), num_prototypes=num_prototypes, config=config, seed=seed
     )
     with torch.no_grad():
-        margins = model.margins(model.head(*_join(states[num_train:])), heldout)
-    return HeldoutVotes(margins, num_prototypes, tuple(candidates))
+        encoded = model.head(*_join(states[num_train:]))
+        agreement = measure_groups(model, encoded, heldout, known=train.rater.unique())
+    return HeldoutVotes(model.margins(encoded, heldout), model, agreement, tuple(candidates))
+
+
+def measure_groups(
+    model: RaterModel, encoded: Encoded, votes: Votes, *, known: Tensor
+) -> tuple[tuple[OrderedVotes, ...], ...]:
+    """Measure how the reward of each prototype alone orders the votes of each group of raters.
+
+    A rater belongs to the group of the prototype with the largest weight, by votes on other clips; raters without such
+    votes belong to none, unless there is one group only.
+
+    Args:
+        model: fitted to votes on other clips.
+        encoded: the captions of the votes.
+        votes: held-out votes.
+        known: (M,) indices of the raters who have votes that the model is fitted to.
+
+    Returns:
+        For each prototype, in the rows, and the raters of each, in the columns.
+    """
+    rewards = model.head.prototype_rewards(encoded)
+    margins = rewards[votes.better] - rewards[votes.worse]
+    numbers = range(model.head.num_prototypes)
+    is_placed = torch.isin(votes.rater, known) | (len(numbers) == 1)
+    group = torch.where(is_placed, model.weights.argmax(1)[votes.rater], -1)
+    of_group = [(margins[group == number], votes.clip[group == number].tolist()) for number in numbers]
+    return tuple(tuple(measure_votes(some[:, number], clips) for some, clips in of_group) for number in numbers)
 
 
 def fit_rater_groups(
@@ -153,7 +191,11 @@ def fit_rater_groups(
     with torch.no_grad():
         encoded = model.head(answer, prompt)
         rows, traits, clip, names = _collect_traits(groups)
-        described = describe_prototypes(model.head.prototype_rewards(encoded)[rows], traits, clip, names=names)
+        own = model.head.prototype_rewards(encoded)[rows]
+        described = describe_prototypes(own, traits, clip, names=names)
+        # The prototypes that were measured are others, in another order.
+        head = heldout.model.head
+        match = match_prototypes(own, head.prototype_rewards(head(answer, prompt))[rows], clip)
         rewards = model.head.reward(encoded, model.prior)
     info = PrototypeInfo(
         form=config.form,
@@ -166,6 +208,7 @@ def fit_rater_groups(
             ", ".join(f"{name} {value:+.2f}" for name, value in list(one.items())[:MAX_TRAITS]) for one in described
         ),
         candidates=heldout.candidates,
+        agreement=tuple(tuple(heldout.agreement[row][column] for column in match) for row in match),
     )
     raters = []
     for rater, index in ids.items():
@@ -305,3 +348,23 @@ def describe_raters(info: PrototypeInfo) -> str:
         for number, (size, text) in enumerate(zip(info.sizes, info.descriptions, strict=True), start=1)
     )
     return f"{len(info.sizes)} prototypes ({described}); raters are mixed by {100 * info.entropy:.0f} %"
+
+
+def print_groups(info: PrototypeInfo) -> None:
+    """Print how each prototype's reward orders the held-out votes of each group of raters, as a table.
+
+    For a single prototype it is a sentence; nothing is printed if it was not measured.
+    """
+    console = Console(width=110)
+    if len(info.agreement) == 1:
+        ((cell,),) = info.agreement
+        described = f"{describe_votes(cell)} of {cell.num_votes} held-out votes"
+        console.print(f"The raters are one group, whose reward orders {described} right.", highlight=False)
+    elif info.agreement:
+        table = Table(title="Held-out votes of each group of raters that a reward orders right (95 % interval)")
+        table.add_column("reward")
+        for number, cell in enumerate(info.agreement[0], start=1):
+            table.add_column(f"group {number} ({cell.num_votes} votes)", justify="right")
+        for number, (description, row) in enumerate(zip(info.descriptions, info.agreement, strict=True), start=1):
+            table.add_row(f"{number}: {description}", *map(describe_votes, row))
+        console.print(table)

@@ -17,6 +17,7 @@ from salmonn.preference.ideal_point import (
     describe_prototypes,
     fit_new_rater,
     fit_raters,
+    match_prototypes,
     sort_prototypes,
 )
 
@@ -167,6 +168,18 @@ def test_prototypes_in_order_of_size(form):
         after = [head.reward(head(STATES, PROMPTS), weights) for weights in ordered.weights]
     assert ordered.weights[0].tolist() == pytest.approx([0.7, 0.2, 0.1])
     assert torch.allclose(torch.stack(before), torch.stack(after), atol=1e-5)
+
+
+def test_prototypes_of_two_models_are_matched():
+    """By their rewards within clips: scale does not matter, nor what all captions of a clip have in common.
+
+    Each prototype for itself would be most like the first one of the others, whose correlations are 1 and 0.98.
+    """
+    clip = torch.arange(8) // 4
+    rewards = torch.tensor([[0.0, 0.0], [1.0, 1.5], [2.0, 2.0], [3.0, 3.0]]).repeat(2, 1)
+    others = torch.stack([5 * rewards[:, 0] + 100 * clip, torch.tensor([0.0, 3.0, 2.0, 3.0]).repeat(2)], dim=1)
+    assert match_prototypes(rewards, others, clip) == [0, 1]
+    assert match_prototypes(rewards.flip(1), others, clip) == [1, 0]
 
 
 def test_prototypes_are_described_by_traits():

@@ -1,5 +1,6 @@
 """From votes to captions for each rater: tools/raters.py, recipes/reward.py and salmonn reward."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from statistics import mean
 
 import pytest
 
-from salmonn.files import read_json, read_records, write_records
+from salmonn.files import parse_json, read_json, read_records, write_records
 from salmonn.preference.feedback import FeedbackStore
-from salmonn.preference.mixture import Rater
-from salmonn.preference.reward_model import RewardModel, read_info
+from salmonn.preference.mixture import Rater, group_raters
+from salmonn.preference.reward_model import RewardInfo, RewardModel, read_info
 from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.launch import forked
@@ -44,6 +45,7 @@ def trained(tmp_path_factory, launch):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "2 prototypes (1: " in result.stderr + result.stdout
+    assert "Held-out votes of each group of raters that a reward orders right" in result.stdout
     assert "by people: 4 raters, 0 comparisons without" in " ".join((result.stderr + result.stdout).split())
     return folder
 
@@ -59,6 +61,18 @@ def test_raters_are_told_apart(trained):
     assert "length -" in short and ("seen +" in complete or "heard +" in complete), (complete, short)
     assert preferred["complete-0"] == preferred["complete-2"] != preferred["short-1"] == preferred["short-3"]
     assert all(one.num_votes == 60 > one.num_heldout > 0 for one in raters.values())
+
+
+def test_agreement_of_groups_is_saved(trained):
+    """Each group's held-out votes are ordered better by its own reward; older folders have no matrix."""
+    info, raters = read_info(trained / "model"), read_records(trained / "model/raters.jsonl", Rater)
+    for number, group in enumerate(group_raters(info.prototypes, raters)):
+        own, other = (info.prototypes.agreement[row][number] for row in (number, 1 - number))
+        assert own.num_votes == other.num_votes == group.num_heldout > 0
+        assert other.accuracy < own.accuracy <= own.high and own.low < own.accuracy
+    written = read_json(trained / "model/reward.json")
+    del written["prototypes"]["agreement"]
+    assert parse_json(json.dumps(written), RewardInfo).prototypes == replace(info.prototypes, agreement=())
 
 
 def test_whose_reward_is_loaded(trained):

@@ -1,5 +1,7 @@
 """Rater groups from grouped comparisons: votes, held-out agreement by rater, and the folder of an ideal-point model."""
 
+import re
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -7,11 +9,19 @@ import torch
 
 from salmonn.files import write_records
 from salmonn.model.pooling import AnswerStates
+from salmonn.preference.agreement import OrderedVotes
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.ideal_point import IdealPointConfig
+from salmonn.preference.ideal_point import Encoded, IdealPointConfig, IdealPointHead, RaterModel, Votes
 from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, RaterGroup, choose_weights, group_raters
 from salmonn.records import Comparison
-from salmonn.train.raters import collect_votes, fit_rater_groups, measure_raters, train_raters
+from salmonn.train.raters import (
+    collect_votes,
+    fit_rater_groups,
+    measure_groups,
+    measure_raters,
+    print_groups,
+    train_raters,
+)
 from salmonn.train.reward import RewardTrainer, RewardTrainingConfig
 
 SMALL = IdealPointConfig(hidden=8, dropout=0.0, epochs=15, learning_rate=2e-2, batch_size=32)
@@ -51,12 +61,64 @@ def test_two_groups_of_raters_are_told_apart():
     ]  # fmt: skip
     assert all(sum(one.weights) == pytest.approx(1, abs=1e-5) for one in fitted.raters)
     assert (heldout.margins > 0).all() and len(heldout.margins) == 15
+    # Each group's votes are all ordered right by its own reward, and all wrong by the other's. The prototypes that were
+    # measured may have another order than those that are saved: exchanged, they give the same.
+    own = [max((0, 1), key=one.weights.__getitem__) for one in fitted.raters]
+    for number, num_votes in zip(own, (5, 10), strict=True):
+        right, wrong = fitted.info.agreement[number][number], fitted.info.agreement[1 - number][number]
+        assert (right.num_votes, right.accuracy, wrong.num_votes, wrong.accuracy) == (num_votes, 1, num_votes, 0)
+        assert right.low == pytest.approx(5 / (5 + 1.96**2), abs=1e-4)  # all right: one vote for each of five clips
+    rows = tuple(row[::-1] for row in heldout.agreement[::-1])
+    exchanged = replace(heldout, model=exchange(heldout.model), agreement=rows)
+    again = fit_rater_groups(states, groups, exchanged, num_train=20, config=SMALL, seed=1)
+    assert again.info.agreement == fitted.info.agreement
     described = sorted(text.split(",")[0] for text in fitted.info.descriptions)
     assert described[0].startswith("words +") and described[1].startswith("words -")
     # The head of a rater, as it is saved and loaded.
     head = MixtureHead(fitted.model.head, torch.tensor(fitted.raters[1].weights))
     rewards = head.double()(states[0])
     assert rewards.dtype == torch.float64 and rewards.argmax() == 0
+
+
+def exchange(model):
+    """Return a model with two prototypes in the other order."""
+    head = deepcopy(model.head)
+    for parameter in head.project[-1].parameters():
+        parameter.data = parameter.data.flip(0)
+    return RaterModel(head, model.weights.flip(1))
+
+
+def test_agreement_of_groups_by_hand(capsys):
+    """Two prototypes and three raters, of whom the last has no vote that the model was fitted to.
+
+    The captions' rewards are (3, 0), (2, 1) and (0, 2) for the prototypes. Ann's votes, of the first group, are ordered
+    right twice and wrong once by the first reward, and the other way round by the second; Bob's by the second only.
+    """
+    head = IdealPointHead(2, 1, num_prototypes=2, config=SMALL)
+    model = RaterModel(head, torch.tensor([[0.8, 0.2], [0.3, 0.7], [0.9, 0.1]]))
+    encoded = Encoded(torch.tensor([[3.0, 0.0], [2.0, 1.0], [0.0, 2.0]]))
+    votes = Votes(*torch.tensor([[0, 1, 0, 0], [1, 2, 0, 1], [2, 0, 0, 2], [2, 0, 1, 0], [0, 2, 2, 3]]).T)
+    first, second = measure_groups(model, encoded, votes, known=torch.tensor([0, 1]))
+    assert [(one.num_votes, one.accuracy) for one in first] == [(3, pytest.approx(2 / 3)), (1, 0.0)]
+    assert [(one.num_votes, one.accuracy) for one in second] == [(3, pytest.approx(1 / 3)), (1, 1.0)]
+    # The variance over clips is 3 / 2 * (1/9 + 1/9 + 4/9) / 9 = 1/9, as that of 2 votes with a share of 2/3.
+    assert (first[0].low, first[0].high) == pytest.approx((0.1594, 0.9548), abs=1e-4)
+    # Carl is placed if there is one group only, and a group without votes has no share.
+    one = RaterModel(IdealPointHead(2, 1, num_prototypes=1, config=SMALL), torch.ones(3, 1))
+    ((only,),) = measure_groups(one, Encoded(encoded.points[:, :1]), votes, known=torch.tensor([0, 1]))
+    assert (only.num_votes, only.accuracy) == (5, pytest.approx(3 / 5))
+    empty = measure_groups(model, encoded, votes, known=torch.tensor([1]))[0][0]
+    assert empty == OrderedVotes(0, None, 0.0, 1.0)
+
+    def printed(agreement):
+        print_groups(replace(INFO, descriptions=("words +0.90", "words -0.70")[: len(agreement)], agreement=agreement))
+        return " ".join(re.sub(r"[^\w%.()+:-]", " ", capsys.readouterr().out).split())
+
+    assert printed(()) == ""
+    text = printed(((first[0], empty), second))
+    assert "reward group 1 (3 votes) group 2 (0 votes)" in text and "1: words +0.90 66.7 % (" in text
+    assert "2: words -0.70 33.3 % (" in text and ") 100.0 % (" in text
+    assert printed(((only,),)).startswith("The raters are one group whose reward orders 60.0 % (")
 
 
 def test_prototypes_are_named_by_objectives():
@@ -154,3 +216,5 @@ def test_groups_of_raters_by_hand():
     raters = [Rater("a", (0.9, 0.1), 9, 4, 0.75), Rater("b", (0.2, 0.8), 5), Rater("c", (0.7, 0.3), 3, 2, 0.5)]
     first, second = group_raters(INFO, raters)
     assert first == RaterGroup("", 0.6, 2, 6, pytest.approx(2 / 3)) and second == RaterGroup("", 0.4, 1, 0, None)
+    rows = tuple((OrderedVotes(4, share, 0.1, 0.9), OrderedVotes(0, None, 0.0, 1.0)) for share in (0.75, 0.5))
+    assert [one.ordered for one in group_raters(replace(INFO, agreement=rows), raters)] == list(rows)

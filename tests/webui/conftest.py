@@ -17,6 +17,7 @@ from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.files import read_records, write_json, write_records, write_text
 from salmonn.model.fingerprint import hash_model
+from salmonn.preference.agreement import OrderedVotes
 from salmonn.preference.ideal_point import IdealPointConfig, IdealPointHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, Rater
 from salmonn.preference.rating import Rating
@@ -29,6 +30,7 @@ from tests.launch import forked
 from tests.limits import STEP_SECONDS
 from tests.score.browser import start_profile
 
+AGREEMENT = ((0.8, 0.3), (0.25, 0.75))  # of the rewards of `toy_reward` and its groups of raters
 SALMONN = Path(sys.executable).with_name("salmonn")
 # `salmonn`, with drafts in turn: none, and one by the toy model.
 WITH_DRAFTS_IN_TURN = """
@@ -118,7 +120,9 @@ def toy_reward(tmp_path_factory, toy) -> Path:
     for layer, weight in ((0, torch.eye(width)[-2:-1]), (3, torch.tensor([[1.0], [-1.0]]))):
         head.project[layer].weight.data, head.project[layer].bias.data = weight, torch.zeros(len(weight))
     sizes = (0.75, 0.25)
-    prototypes = PrototypeInfo("score", config.dim, 1, prompt_width, sizes, 0.8, ("words +1", "words -1"))
+    agreement = tuple(tuple(OrderedVotes(40, share, share - 0.1, share + 0.1) for share in row) for row in AGREEMENT)
+    described = ("words +1", "words -1")
+    prototypes = PrototypeInfo("score", config.dim, 1, prompt_width, sizes, 0.8, described, agreement=agreement)
     info = RewardInfo("ideal-point", "rich", "toy", hash_model(toy.network), prototypes=prototypes)
     write_records(folder / RATERS_NAME, [Rater("a" * 32, sizes, num_votes=3)])
     save_reward_model(folder, MixtureHead(head, torch.tensor(sizes)), info)

@@ -462,6 +462,12 @@ def test_two_models_and_the_results(visit, demo):
     assert "random (temperature 0.8) vs. toy (temperature 0.8)" in results
     assert f"wins {100 * (vote.first.model == 'random'):.1f} % {int(vote.first.model == 'random')} of 1" in results
     assert "Do votes and scores agree?" in results
+    matrix = visitor.page.get_by_role("table", name="Agreement of rewards and groups")
+    cells = [row.locator("td").all_inner_texts() for row in matrix.locator("tbody tr").all()]
+    assert cells == [
+        ["1: words +1", "80.0 % 70.0 % to 90.0 %", "30.0 % 20.0 % to 40.0 %"],
+        ["2: words -1", "25.0 % 15.0 % to 35.0 %", "75.0 % 65.0 % to 85.0 %"],
+    ]
 
 
 def test_a_run_is_shown_and_refreshed(visitor, demo):

@@ -1,9 +1,11 @@
 """Records as HTML: the content, and that all text is escaped."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from salmonn.preference.agreement import OrderedVotes
 from salmonn.preference.feedback_report import summarize_feedback
 from salmonn.preference.mixture import RaterGroup
 from salmonn.records import Caption, Event, Mention, Reference, Score
@@ -146,3 +148,20 @@ def test_results(tmp_path):
     groups = [RaterGroup("words +0.6", 0.7, 3, 8, 0.75), RaterGroup("words -0.9", 0.3, 1, 0, None)]
     text = visible_text(render_results(summarize_feedback([VOTE]), folder=tmp_path, groups=groups))
     assert "1: words +0.6 70.0 % 3 75.0 % of 8" in text and "2: words -0.9 30.0 % 1 \N{EN DASH}" in text
+    assert "votes of group" not in text and "one group" not in text  # not measured, as by earlier versions
+
+
+def test_agreement_of_rewards_and_groups(tmp_path):
+    """A matrix; or a sentence for a single group."""
+    rows = [(OrderedVotes(8, share, 0.2, 0.9), OrderedVotes(0, None, 0.0, 1.0)) for share in (0.75, 0.5)]
+    first, second = (RaterGroup(name, 0.5, 2, 8, 0.7, row) for name, row in zip("xy", rows, strict=True))
+
+    def shown(*groups):
+        return visible_text(render_results(summarize_feedback([VOTE]), folder=tmp_path, groups=groups))
+
+    text = shown(first, second)
+    assert "reward votes of group 1 8 votes of group 2 0 1: x" in text
+    assert "1: x 75.0 % 20.0 % to 90.0 % \N{EN DASH} 2: y 50.0 % 20.0 % to 90.0 % \N{EN DASH} Share of" in text
+    text = shown(replace(first, ordered=rows[0][:1]))
+    assert "The raters are one group, whose reward orders 75.0 % 20.0 % to 90.0 % of 8 held-out votes right" in text
+    assert "votes of group" not in text
