@@ -37,7 +37,10 @@ def reward_parser() -> FlagParser:
         "Whose reward", "Of an ideal-point model (docs/raters.md); default: the mean rater's"
     )
     group.add_argument("--rater", type=str | None, default=None, metavar="ID", help="reward of a rater, by id")
-    group.add_argument("--prototype", type=int | None, default=None, help="reward of a prototype, by its number from 1")
+    group.add_argument(
+        "--prototype", type=int | Literal["worst"] | None, default=None, help="reward of a prototype, by its number "
+        "from 1; worst: the smallest of all prototypes' standardized rewards"
+    )  # fmt: skip
     group.add_argument(
         "--votes", type=Path | None, default=None, help="fit a new rater to these votes or comparisons, whose videos "
         "are named relative to the file, and rate for them; nothing is saved"

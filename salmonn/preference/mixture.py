@@ -7,6 +7,7 @@ until other weights are chosen: those of a rater, of a prototype alone, or of a 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from salmonn.preference.ideal_point import (
 )
 
 RATERS_NAME = "raters.jsonl"
+Prototype = int | Literal["worst"]  # a number from 1, or all prototypes by `WorstHead`
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class PrototypeInfo:
         candidates: accuracy of the numbers of prototypes that were compared; empty if the number was given.
         agreement: for each prototype's reward, how it orders the held-out votes of each group of raters (see
             `RaterGroup`), K of K; empty if it was not measured, as by earlier versions.
+        means, stds: of each prototype's rewards of the training clips' captions; empty in folders of earlier versions.
     """
 
     form: Form
@@ -70,6 +73,8 @@ class PrototypeInfo:
     descriptions: tuple[str, ...] = ()
     candidates: tuple[HeldoutAccuracy, ...] = ()
     agreement: tuple[tuple[OrderedVotes, ...], ...] = ()
+    means: tuple[float, ...] = ()
+    stds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,34 @@ class MixtureHead(nn.Module):
         return MixtureHead(self.head, weights)
 
 
+class WorstHead(nn.Module):
+    """Smallest of the standardized rewards of all prototypes: min over k of (r_k(x) - mean_k) / std_k.
+
+    A policy that raises it serves the group that is served worst, after MaxMin-RLHF (Chakraborty et al., arXiv
+    2402.08925). There the minimum is over the groups' mean rewards of a policy; here it is over those of a single
+    caption, whose mean is never larger, so that captions can be compared. Votes only compare captions of one clip, and
+    do not fix the level of r_k from clip to clip, which may decide which prototype's reward is the smallest.
+
+    Args:
+        head: the prototypes.
+        means, stds: of each prototype's rewards, K each.
+    """
+
+    means: Tensor
+    stds: Tensor
+
+    def __init__(self, head: IdealPointHead, means: Sequence[float], stds: Sequence[float]) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("means", torch.tensor(means, dtype=torch.float64))
+        self.register_buffer("stds", torch.tensor(stds, dtype=torch.float64))
+
+    def forward(self, states: AnswerStates) -> Tensor:
+        """Return the rewards (B,)."""
+        rewards = self.head.prototype_rewards(self.head(states.answer.to(self.means), states.prompt.to(self.means)))
+        return ((rewards - self.means) / self.stds).amin(-1)
+
+
 def make_mixture(info: PrototypeInfo, width: int) -> MixtureHead:
     """Return a head of these sizes whose weights are still to be loaded."""
     config = IdealPointConfig(form=info.form, dim=info.dim, hidden=info.hidden)
@@ -153,12 +186,13 @@ def make_mixture(info: PrototypeInfo, width: int) -> MixtureHead:
 
 
 def choose_weights(
-    folder: Path, info: PrototypeInfo | None, *, rater: str | None = None, prototype: int | None = None
+    folder: Path, info: PrototypeInfo | None, *, rater: str | None = None, prototype: Prototype | None = None
 ) -> Tensor | None:
-    """Return the weights (K,) of a rater or of a prototype; None for neither.
+    """Return the weights (K,) of a rater or of a prototype; None for neither, and for the worst of all prototypes.
 
     Raises:
-        ValueError: both are given, there is no such rater or prototype, or the model has one reward for all.
+        ValueError: both are given, there is no such rater or prototype, or the model has one reward for all, or no
+            scales for "worst".
     """
     if rater is None and prototype is None:
         return None
@@ -166,6 +200,10 @@ def choose_weights(
         raise ValueError("a reward is that of a rater or of a prototype: leave out one of them")
     if info is None:
         raise ValueError(f"{folder} has one reward for all: train with --kind ideal-point to distinguish raters")
+    if prototype == "worst":
+        if not info.stds:
+            raise ValueError(f"{folder} has no scales of the prototypes, which worst needs: train it again")
+        return None
     if prototype is not None:
         if not 1 <= prototype <= len(info.sizes):
             raise ValueError(f"{folder} has {len(info.sizes)} prototypes, counted from 1; got {prototype}")

@@ -44,8 +44,9 @@ class RewardConfig:
             speech; 0 leaves it out.
         model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
             of the following.
-        prototype: of an ideal-point model: number, from 1, of the prototype that rates; none for the mean rater. The
-            model must be given, and refresh_clips be 0, since the judge's labels would train one reward for all.
+        prototype: of an ideal-point model: number, from 1, of the prototype that rates, or "worst" for the smallest of
+            all prototypes' rewards; none for the mean rater. The model must be given, and refresh_clips be 0, since the
+            judge's labels would train one reward for all.
         seed_clips: clips whose captions the judge labels in the first round.
         refresh: later rounds in which the judge labels further clips and the model is trained again: "always" for all,
             "on_demand" for those whose audit finds an agreement below min_agreement, or one whose 95 % interval
@@ -66,7 +67,7 @@ class RewardConfig:
     repetition_weight: float = 1.0
     dialogue_weight: float = 0.0
     model: Path | None = None
-    prototype: int | None = None
+    prototype: int | Literal["worst"] | None = None
     seed_clips: int = 100
     refresh: Literal["always", "on_demand"] = "always"
     refresh_clips: int = 40

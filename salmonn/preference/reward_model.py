@@ -30,7 +30,15 @@ from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
 from salmonn.preference.comparisons import AnswerGroup, join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
-from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
+from salmonn.preference.mixture import (
+    RATERS_NAME,
+    MixtureHead,
+    Prototype,
+    PrototypeInfo,
+    WorstHead,
+    choose_weights,
+    make_mixture,
+)
 from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.states import Clip, answer_rows, answer_states
 from salmonn.records import Caption, Modality, Unscored
@@ -38,7 +46,7 @@ from salmonn.score.judge import ScoringTask
 from salmonn.score.repetition import count_repeated_words
 
 RewardKind = Literal["bradley-terry", "pairwise", "claims", "objectives", "ideal-point"]
-RewardHead = Head | MixtureHead
+RewardHead = Head | MixtureHead | WorstHead
 
 INFO_NAME, HEAD_NAME, ADAPTER_DIR = "reward.json", "head.safetensors", "adapter"
 REWARD_FORMAT = 3  # with 2, the gate of named objectives read the clip, too
@@ -137,7 +145,7 @@ class RewardModel:
         reader: str | None = None,
         kind: RewardKind | None = None,
         rater: str | None = None,
-        prototype: int | None = None,
+        prototype: Prototype | None = None,
     ) -> "RewardModel":
         """Load a reward model and its base, which samples the frames of a clip as in training.
 
@@ -148,7 +156,7 @@ class RewardModel:
             placement, reader: see `Captioner.load`; by default the reader of the training.
             kind: kind that the caller needs; None for any.
             rater, prototype: of an ideal-point model: whose reward, a rater's by id or a prototype's by its number from
-                1; by default the mean rater's.
+                1, or "worst" for the smallest of all prototypes' (see `WorstHead`); by default the mean rater's.
 
         Raises:
             ValueError: the folder holds no complete reward model, or one of another kind, format or base, or it has no
@@ -170,6 +178,10 @@ class RewardModel:
         head = read_head(folder, info, width=head_width(captioner, info.pooling))
         if weights is not None and isinstance(head, MixtureHead):
             head.weights.copy_(weights)
+        if prototype == "worst" and isinstance(head, MixtureHead) and info.prototypes:
+            head = WorstHead(head.head, info.prototypes.means, info.prototypes.stds)
+            # Its rewards are standardized already.
+            info = replace(info, mean=0.0, std=1.0, temperature=info.temperature / info.std)
         return cls(captioner, head, info, name=str(folder))
 
     def rewards(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[float]:

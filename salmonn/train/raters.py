@@ -191,11 +191,11 @@ def fit_rater_groups(
     with torch.no_grad():
         encoded = model.head(answer, prompt)
         rows, traits, clip, names = _collect_traits(groups)
-        own = model.head.prototype_rewards(encoded)[rows]
-        described = describe_prototypes(own, traits, clip, names=names)
+        own = model.head.prototype_rewards(encoded)
+        described = describe_prototypes(own[rows], traits, clip, names=names)
         # The prototypes that were measured are others, in another order.
         head = heldout.model.head
-        match = match_prototypes(own, head.prototype_rewards(head(answer, prompt))[rows], clip)
+        match = match_prototypes(own[rows], head.prototype_rewards(head(answer, prompt))[rows], clip)
         rewards = model.head.reward(encoded, model.prior)
     info = PrototypeInfo(
         form=config.form,
@@ -208,6 +208,8 @@ def fit_rater_groups(
             ", ".join(f"{name} {value:+.2f}" for name, value in list(one.items())[:MAX_TRAITS]) for one in described
         ),
         candidates=heldout.candidates,
+        means=tuple(own.mean(0).tolist()),
+        stds=tuple(own.std(0).clamp(min=1e-6).tolist()),
         agreement=tuple(tuple(heldout.agreement[row][column] for column in match) for row in match),
     )
     raters = []

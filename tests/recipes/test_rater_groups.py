@@ -13,6 +13,7 @@ import pytest
 from salmonn.files import parse_json, read_json, read_records, write_records
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.mixture import Rater, group_raters
+from salmonn.preference.rating import Rating
 from salmonn.preference.reward_model import RewardInfo, RewardModel, read_info
 from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
@@ -71,8 +72,10 @@ def test_agreement_of_groups_is_saved(trained):
         assert own.num_votes == other.num_votes == group.num_heldout > 0
         assert other.accuracy < own.accuracy <= own.high and own.low < own.accuracy
     written = read_json(trained / "model/reward.json")
-    del written["prototypes"]["agreement"]
-    assert parse_json(json.dumps(written), RewardInfo).prototypes == replace(info.prototypes, agreement=())
+    for name in ("agreement", "means", "stds"):
+        del written["prototypes"][name]
+    older = replace(info.prototypes, agreement=(), means=(), stds=())
+    assert parse_json(json.dumps(written), RewardInfo).prototypes == older
 
 
 def test_whose_reward_is_loaded(trained):
@@ -82,6 +85,26 @@ def test_whose_reward_is_loaded(trained):
     for prototype, expected in ((None, sizes), (2, (0.0, 1.0))):
         model = RewardModel.load(trained / "model", prototype=prototype)
         assert model.head.weights.tolist() == pytest.approx(expected) and model.info == info
+
+
+def test_reward_of_the_worst_served_group(trained, call, tmp_path):
+    """The smallest of the prototypes' rewards, each standardized by its own mean and deviation."""
+    captions = tmp_path / "captions.jsonl"
+    write_records(captions, read_records(trained / "captions.jsonl", Caption)[:8])
+    info, rewards = read_info(trained / "model"), {}
+    for whose in ("1", "2", "worst"):
+        flags = ("--root", trained / "clips", "--model", trained / "model", "--out", tmp_path / "ratings.jsonl")
+        code, _, err = call("reward", captions, "--prototype", whose, *flags)
+        assert code == 0, err
+        rewards[whose] = [one.value for one in read_records(tmp_path / "ratings.jsonl", Rating)]
+    scales = tuple(zip(info.prototypes.means, info.prototypes.stds, strict=True))
+    expected = [
+        min((info.mean + info.std * value - mean) / std for value, (mean, std) in zip(values, scales, strict=True))
+        for values in zip(rewards["1"], rewards["2"], strict=True)
+    ]
+    assert rewards["worst"] == pytest.approx(expected, abs=1e-5)
+    worst = RewardModel.load(trained / "model", prototype="worst").info
+    assert worst.probability(1.0) == pytest.approx(info.probability(1.0)) and (worst.mean, worst.std) == (0, 1)
 
 
 def test_best_captions_for_a_rater(trained, call, tmp_path):

@@ -12,7 +12,15 @@ from salmonn.model.pooling import AnswerStates
 from salmonn.preference.agreement import OrderedVotes
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.ideal_point import Encoded, IdealPointConfig, IdealPointHead, RaterModel, Votes
-from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, RaterGroup, choose_weights, group_raters
+from salmonn.preference.mixture import (
+    MixtureHead,
+    PrototypeInfo,
+    Rater,
+    RaterGroup,
+    WorstHead,
+    choose_weights,
+    group_raters,
+)
 from salmonn.records import Comparison
 from salmonn.train.raters import (
     collect_votes,
@@ -199,7 +207,9 @@ def test_whose_reward(tmp_path):
     assert choose_weights(tmp_path, INFO) is None
     assert choose_weights(tmp_path, INFO, rater="ann").tolist() == [0.25, 0.75]
     assert choose_weights(tmp_path, INFO, prototype=2).tolist() == [0.0, 1.0]
+    assert choose_weights(tmp_path, replace(INFO, means=(0.0, 0.0), stds=(1.0, 1.0)), prototype="worst") is None
     for given, message in (
+        ({"prototype": "worst"}, "has no scales of the prototypes, which worst needs: train it again"),
         ({"rater": "bob"}, "knows no rater 'bob': raters.jsonl lists them"),
         ({"prototype": 3}, "has 2 prototypes, counted from 1; got 3"),
         ({"prototype": 0}, "has 2 prototypes, counted from 1; got 0"),
@@ -209,6 +219,15 @@ def test_whose_reward(tmp_path):
             choose_weights(tmp_path, INFO, **given)
     with pytest.raises(ValueError, match="one reward for all: train with --kind ideal-point"):
         choose_weights(tmp_path, None, rater="ann")
+
+
+def test_smallest_standardized_reward():
+    """Standardized, the rewards are (1, -1), (0.5, 0) and (-0.5, 1): the second caption is the best for both groups."""
+    head = IdealPointHead(2, 1, num_prototypes=2, config=SMALL)
+    head.project = torch.nn.Identity()
+    states = AnswerStates(torch.zeros(3, 1), torch.tensor([[3.0, 0.0], [2.0, 1.0], [0.0, 2.0]]))
+    worst = WorstHead(head, (1.0, 1.0), (2.0, 1.0)).double()
+    assert worst(states).tolist() == [-1.0, 0.0, -0.5]
 
 
 def test_groups_of_raters_by_hand():

@@ -275,6 +275,7 @@ def test_rounds_that_exploit_the_reward_model(stages, gains, reason):
         ({"caution": 1.0}, "reward.caution 1.0 has no effect with reward.kind judge"),
         ({"kind": "model", "voter": "cycle"}, "reward.voter cycle has no effect with reward.kind model"),
         ({"kind": "model", "prototype": 2, "refresh_clips": 0}, "reward.prototype 2 needs --reward.model"),
+        ({"kind": "model", "prototype": "worst", "refresh_clips": 0}, "reward.prototype worst needs --reward.model"),
         ({"kind": "model", "prototype": 2, "model": Path("run/raters")}, "--reward.refresh-clips 0, since the judge"),
     ],
 )
