@@ -98,7 +98,7 @@ def write_votes(options: Namespace) -> tuple[int, int, int]:
 
 
 def count_cycles(voter: Rater, clips: Sequence[Mapping[str, CaptionTraits]]) -> tuple[int, int]:
-    """Count the triples of captions of a clip, each of which a voter prefers to the next one in a circle.
+    """Count the triples A, B, C of captions of a clip, and those in which a voter prefers A to B, B to C and C to A.
 
     Args:
         voter: a rater, or a crowd for the majority of its members' preferences.

@@ -296,9 +296,8 @@ def train_raters(
     captioner = trainer.load()
 
     def states_of(seen: Mapping[ClipSource, ClipFeatures], folder: Path) -> list[AnswerStates]:
-        examples = [
-            RewardExample(group, seen[ClipSource.of_comparison(group.example, root=root)]) for group in together
-        ]
+        sources = [ClipSource.of_comparison(group.example, root=root) for group in together]
+        examples = [RewardExample(group, seen[source]) for group, source in zip(together, sources, strict=True)]
         pooling, name = trainer.config.pooling, f"{folder.name}: states"
         return compute_states(captioner, examples, pooling=pooling, name=name, path=folder / STATES_NAME)
 
@@ -307,17 +306,16 @@ def train_raters(
     measured = measure(states, num_prototypes=num_prototypes)
     blind = None
     if trainer.config.blind:
-        others = states_of(rotate_features(features), trainer.folder / BLIND_DIR)
-        blind = measure(others, num_prototypes=measured.num_prototypes)
+        blind_states = states_of(rotate_features(features), trainer.folder / BLIND_DIR)
+        blind = measure(blind_states, num_prototypes=measured.num_prototypes).margins
     fitted = fit_rater_groups(states, together, measured, num_train=len(train), config=config, seed=trainer.seed)
-    agreement = measure_agreement(heldout, measured.margins, blind.margins if blind else None)
     std, mean = torch.std_mean(fitted.rewards)
     info = replace(
         trainer.make_info(captioner, train, heldout),
         mean=float(mean),
         std=max(float(std), 1e-6),
         temperature=fit_temperature(measured.margins),
-        agreement=agreement,
+        agreement=measure_agreement(heldout, measured.margins, blind),
         prototypes=fitted.info,
     )
     if dist.is_main():

@@ -91,7 +91,7 @@ class KnownRounds(RewardRounds):
 
 
 def known_rounds(out: Path, shares: Mapping[str, float] | None = None, *, num_clips=12, **options) -> KnownRounds:
-    """Rounds of 12 clips with two captions each, the first of which is right."""
+    """Rounds of 12 clips with two captions each: a right one, then a wrong one."""
     references = [Reference(f"{number:02}.mp4", (EVENT,)) for number in range(num_clips)]
     options = {"seed_clips": 2, "refresh_clips": 3, "audit_clips": 6, "audit_samples": 2} | options
     return KnownRounds(
